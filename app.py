@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from residency.web.editx_tab import EditxTab
     from residency.web.page import Page
     from residency.web.server.api_keys import ApiKeys
+    from tts_gpu_managed import GPUManagedTTS
 
 __all__ = ["EditxTab", "main"]
 
@@ -232,6 +233,7 @@ def _torch_device(manager: GPUResourceManager | None) -> str:
 
 
 def make_manager(settings: Settings) -> GPUResourceManager:
+    """Returns the manager of this process, as the settings say."""
     from gpu_manager import Sharing, SimulatedDevice, find_device, get_gpu_manager
 
     card, limit = settings.simulate_gpu, settings.gpu_host_memory_limit
@@ -251,7 +253,8 @@ def make_manager(settings: Settings) -> GPUResourceManager:
     return manager
 
 
-def managed(settings: Settings, manager: GPUResourceManager, chosen: _Chosen) -> Engine:
+def managed(settings: Settings, manager: GPUResourceManager, chosen: _Chosen, name: str = "tts") -> GPUManagedTTS:
+    """Returns the chosen engine, as the managed model ``name``."""
     from tts_gpu_managed import GPUManagedTTS
 
     build, torch_device = chosen.build, manager.device.torch_device
@@ -262,7 +265,7 @@ def managed(settings: Settings, manager: GPUResourceManager, chosen: _Chosen) ->
         gpu_load_timeout=settings.gpu_load_timeout,
         manager=manager,
         load=lambda: build(torch_device),
-        name="tts",
+        name=name,
         check_text=chosen.check_text,
         check_audio=chosen.check_audio,
     )

@@ -15,49 +15,77 @@ from pydantic import BaseModel
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from residency.cluster import is_builtin
+
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from residency.cluster.replica import Answered, Asked
+    from residency.cluster.replica import Answered, Asked, Replica
     from residency.launch.settings import Settings
 
 
-def _settings(flags: str) -> Settings:
-    from residency.launch.settings import parse
+MODELS_PER_REPLICA = 3
+"""Maximum of engines in one replica: idle ones are in its main memory."""
 
-    return parse([*shlex.split(flags), "--enable-gpu-management"])
+CLOSED_WITHIN_S = 30.0
+"""Maximum duration of running calls after the end of a replica has begun."""
 
 
 class Arguments(BaseModel):
-    """``flags``: those of app.py for the engine, GPU management and the API, such as ``--gpu-keep-warm 30s``."""
+    """Flags of app.py, as one line each.
 
-    flags: str = ""
+    Attributes:
+        api: those of the API, such as ``--api-key KEY --voices-dir /shared/voices``.
+        engine: those of GPU management, such as ``--gpu-keep-warm 30s``.
+        models: those of each engine, by the name that requests give as ``model``; the first one is the default.
+    """
+
+    api: str = ""
+    engine: str = ""
+    models: dict[str, str] = {"builtin": "--engine builtin"}
 
 
 @serve.deployment
 class Engine:
-    """A replica with one managed engine, in a process of its own."""
+    """A replica: managed engines in a process of its own, one for each model that was asked for there."""
 
-    def __init__(self, flags: str) -> None:
+    def __init__(self, flags: str, models: dict[str, str]) -> None:
+        import app
+        from residency.cluster.ray_metrics import RayMetrics
+
+        self._flags, self._models = flags, models
+        self._manager = app.make_manager(self._settings(""))
+        self._metrics = RayMetrics(self._manager)
+
+    async def call(self, asked: Asked) -> Answered:
+        """Returns the answer of the engine; see `Replica.call`."""
+        replica = await self._replica(serve.get_multiplexed_model_id() or next(iter(self._models)))
+        return await replica.call(asked)
+
+    @serve.multiplexed(max_num_models_per_replica=MODELS_PER_REPLICA)
+    async def _replica(self, model: str) -> Replica:
+        """Returns the engine of a model; Serve forgets the one that was not used for longest, and it is closed."""
         import app
         from residency.cluster.replica import Replica
 
-        settings = _settings(flags)
-        manager = app.make_manager(settings)
-        self._replica = Replica(app.managed(settings, manager, app.choose_engine(settings)), manager)
-
-    async def call(self, asked: Asked) -> Answered:
-        """See `Replica.call`."""
-        return await self._replica.call(asked)
+        settings = self._settings(self._models[model])
+        return Replica(app.managed(settings, self._manager, app.choose_engine(settings), model))
 
     def check_health(self) -> None:
-        """Called by Serve, which starts another replica after an error."""
-        self._replica.check_health()
+        """Called by Serve every few seconds, which starts another replica after errors. Passes the metrics on."""
+        self._metrics.update()
+        if lost := self._manager.device_lost:
+            raise lost
 
     def __del__(self) -> None:
         """Called by Serve before it ends the replica, after the running calls."""
-        if hasattr(self, "_replica"):
-            self._replica.close()
+        if hasattr(self, "_manager"):
+            self._manager.close(CLOSED_WITHIN_S)
+
+    def _settings(self, flags: str) -> Settings:
+        from residency.launch.settings import parse
+
+        return parse([*shlex.split(flags), *shlex.split(self._flags), "--enable-gpu-management"])
 
 
 @serve.deployment
@@ -65,17 +93,22 @@ class Engine:
 class Api:
     """The HTTP calls of app.py under ``/v1`` and ``/docs``, in front of the replicas of `Engine`."""
 
-    def __init__(self, flags: str, engine: DeploymentHandle[Any]) -> None:
-        from residency.cluster.ray_tts import RayTTS
+    def __init__(self, flags: str, models: dict[str, str], engine: DeploymentHandle[Any]) -> None:
+        from residency.launch.settings import parse
 
-        self._settings = _settings(flags)
-        self._engine = RayTTS(engine)
+        self._settings = parse(shlex.split(flags))
+        self._models = {name: is_builtin(shlex.split(its_flags)) for name, its_flags in models.items()}
+        self._engine = engine
         self._folder = tempfile.mkdtemp(prefix="speech-")
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         from residency.cluster.api import build
 
-        return build(self._settings, self._engine, self._folder)
+        return build(self._settings, self._models, self._engine, self._folder)
+
+    def models(self) -> dict[str, bool]:
+        """Returns the models, and whether each is the built-in engine."""
+        return self._models
 
     def __del__(self) -> None:
         shutil.rmtree(getattr(self, "_folder", ""), ignore_errors=True)
@@ -83,4 +116,5 @@ class Api:
 
 def build(arguments: Arguments) -> serve.Application:
     """Returns the application for ``serve deploy`` and ``serve run``."""
-    return Api.bind(arguments.flags, Engine.bind(arguments.flags))
+    models = arguments.models
+    return Api.bind(arguments.api, models, Engine.bind(arguments.engine, models))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from ..engines.builtin import supported_edit_types
 from ..launch.settings import Settings
 from ..scheduling.policies import keep_alive_seconds
 from ..web.api.control import build as build_api
@@ -17,30 +17,39 @@ from ..web.speech.queue import SpeechQueue
 from ..web.speech.recordings import Recordings
 from ..web.speech.service import SpeechService
 from ..web.speech.speaking import Speaker
-from ..web.speech.task_names import STEP_AUDIO_EDIT_TYPES
 from ..web.speech.voices import VoiceStore
+from .ray_tts import RayTTS
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from ray.serve.handle import DeploymentHandle
 
-    from ..contracts import Engine
 
+def build(settings: Settings, models: Mapping[str, bool], replicas: DeploymentHandle[Any], folder: str) -> FastAPI:
+    """Returns the application.
 
-def build(settings: Settings, engine: Engine, folder: str) -> FastAPI:
-    """Returns the application. ``folder``: for recordings and results of running requests."""
+    Args:
+        models: the names of the models, and whether each is the built-in engine.
+        replicas: those of the engines.
+        folder: for recordings and results of running requests.
+    """
     recordings = Recordings(folder, settings.max_disk)
+    voices = VoiceStore(settings.voices_dir or folder, lambda path: None)
     queue = SpeechQueue("tts", settings.max_requests)
-    edit_types = supported_edit_types() if settings.engine == "builtin" else STEP_AUDIO_EDIT_TYPES
     limits = Limits(settings.max_audio, settings.max_text or Limits.text, settings.max_text or Limits.target_text)
-    service = SpeechService(engine, edit_types, recordings, None, limits, queue)
-    voices = VoiceStore(settings.voices_dir or folder, getattr(engine, "check_audio", lambda path: None))
+    speakers = {}
+    for name, builtin in models.items():
+        engine = RayTTS(replicas, name, builtin)
+        service = SpeechService(engine, engine.edit_types, recordings, None, limits, queue)
+        speakers[name] = Speaker(service, voices)
+    first, speaker = next(iter(speakers.items()))
     permissions = Permissions(settings.control_token, trust_local=False)
     speech = SpeechCalls(
-        service=service,
-        speaker=Speaker(service, voices),
+        service=speaker.service,
+        speaker=speaker,
         recordings=recordings,
         keys=ApiKeys(settings.api_keys, permissions, None),
-        model="builtin" if settings.engine == "builtin" else "step-audio-editx",
+        model=first,
         slots=Slots(settings.max_requests),
         watching=queue.watching,
         keep_alive=keep_alive_seconds,

@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import cloudpickle  # type: ignore[import-untyped]
 
 from ..cancellation import checkpoint, current
+from ..engines.builtin import supported_edit_types
+from ..engines.text import speakable, spoken_by_step_audio
 from ..errors import ResidencyError
 from ..remote_errors import rebuilt
+from ..web.speech.task_names import STEP_AUDIO_EDIT_TYPES
 from .replica import Answered, Asked
 
 if TYPE_CHECKING:
@@ -39,18 +42,22 @@ class RayTTS:
     """StepAudioTTS's interface over the replicas of a deployment; see `residency.cluster.replica`. Thread-safe.
 
     A call whose replica or machine ends before its answer is sent to another one: the engine keeps nothing between
-    calls. ``timeout_s``: maximum duration of a call, with the start of a replica.
+    calls.
+
+    Attributes:
+        edit_types: tasks and their sub-tasks.
+        at_once: number of calls that may run at a time.
+        retries: number of calls that were sent again.
     """
 
-    def __init__(
-        self,
-        handle: DeploymentHandle[Any],
-        *,
-        timeout_s: float = 900.0,
-        check_text: Callable[[str], object] = lambda text: None,
-    ) -> None:
-        self._handle, self._timeout_s = handle, timeout_s
-        self.check_text = check_text
+    at_once = 1000
+
+    def __init__(self, replicas: DeploymentHandle[Any], model: str, builtin: bool, timeout_s: float = 900.0) -> None:
+        """``model``: one of the deployment. ``timeout_s``: maximum duration of a call, with the start of a replica."""
+        self._replicas = replicas.options(multiplexed_model_id=model)
+        self._timeout_s = timeout_s
+        self.edit_types = supported_edit_types() if builtin else STEP_AUDIO_EDIT_TYPES
+        self.check_text: Callable[[str], object] = speakable if builtin else spoken_by_step_audio
         self.retries = 0
 
     def clone(self, prompt_wav_path: str, prompt_text: str, target_text: str) -> tuple[torch.Tensor, int]:
@@ -83,7 +90,7 @@ class RayTTS:
         until_s = time.monotonic() + self._timeout_s
         for _ in range(ATTEMPTS):
             checkpoint()
-            response = self._handle.call.remote(asked)
+            response = self._replicas.call.remote(asked)
             if cancellation := current():
                 cancellation.on_cancel(response.cancel)
             try:

@@ -6,7 +6,9 @@ import asyncio
 import contextvars
 import os
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -17,11 +19,8 @@ from numpy.typing import NDArray
 
 from ..cancellation import Cancellation, cancelled_by
 from ..contracts import Engine
-from ..errors import DeviceLost
+from ..errors import ManagerClosed, UnknownModel
 from ..remote_errors import ErrorRecord, recorded
-
-CLOSED_WITHIN_S = 30.0
-"""Maximum duration of running calls after the end of a replica has begun."""
 
 
 @dataclass(frozen=True)
@@ -43,20 +42,18 @@ class Answered:
     error: ErrorRecord | None = None
 
 
-class Manager(Protocol):
-    """The manager of the engine."""
+class Closable(Engine, Protocol):
+    """A managed engine."""
 
-    @property
-    def device_lost(self) -> DeviceLost | None: ...
-
-    def close(self, timeout: float) -> bool: ...
+    def close(self) -> None:
+        """Releases it after its running calls."""
 
 
 class Replica:
     """Calls a managed engine. Calls run in threads; the queue of the engine's manager orders them."""
 
-    def __init__(self, engine: Engine, manager: Manager) -> None:
-        self._engine, self._manager = engine, manager
+    def __init__(self, engine: Closable) -> None:
+        self._engine = engine
         self._threads = ThreadPoolExecutor(64, "speech")
 
     async def call(self, asked: Asked) -> Answered:
@@ -72,14 +69,13 @@ class Replica:
             cancellation.cancel()
             raise
 
-    def check_health(self) -> None:
-        """Raises `DeviceLost` if the device has failed: then this process is replaced by another one."""
-        if lost := self._manager.device_lost:
-            raise lost
+    def __del__(self) -> None:
+        """Called when another model takes its place in the process."""
+        threading.Thread(target=self._closed, name="close-model", daemon=True).start()
 
-    def close(self) -> None:
-        """Ends the engine after its running calls, and frees its memory everywhere."""
-        self._manager.close(CLOSED_WITHIN_S)
+    def _closed(self) -> None:
+        with suppress(UnknownModel, ManagerClosed):  # the process ends
+            self._engine.close()
 
     def _answer(self, asked: Asked, cancellation: Cancellation) -> Answered:
         handle, path = tempfile.mkstemp(suffix=asked.suffix)

@@ -42,6 +42,11 @@ def exposition(manager: Manager) -> bytes:
     return generate_latest(_Collector(manager))
 
 
+def families(manager: Manager) -> Iterator[Metric]:
+    """Returns the same as objects."""
+    return _Collector(manager).collect()
+
+
 class _Collector(Collector):
     def __init__(self, manager: Manager) -> None:
         self._status, self._history = manager.status(), manager.history()["models"]

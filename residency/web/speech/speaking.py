@@ -64,7 +64,7 @@ class Speaker:
     """Speaks `SpeechRequest` objects with the engine of a `SpeechService`. Thread-safe, as far as the engine is."""
 
     def __init__(self, service: SpeechService, voices: VoiceStore) -> None:
-        self._service = service
+        self.service = service
         self.voices = voices
 
     def checked(
@@ -80,19 +80,19 @@ class Speaker:
 
         Reads files. Raises `InvalidInput` about the first part that is wrong.
         """
-        text = self._service.checked_text("target_text", text, _EMPTY, self._service.limits.text)
+        text = self.service.checked_text("target_text", text, _EMPTY, self.service.limits.text)
         if not any(map(str.isalnum, text)):
             raise InvalidInput("The text has no words: write some", "文本中没有文字：请填写内容", "target_text")
         check_form(format, speed)
         found = self.voices.get(voice) if isinstance(voice, str) else voice
-        engine = self._service.engine
+        engine = self.service.engine
         check(engine, "check_text", text, "target_text")
         check(engine, "check_audio", found.recording, "recording")
         return SpeechRequest(found, _tagged_sentences(text), format, speed, edit, keep_warm_s)
 
     def named_edit(self, instructions: str | None) -> tuple[str, str] | None:
         """Returns the task and sub-task that instructions name, if they name exactly one of the engine."""
-        types = self._service.edit_types
+        types = self.service.edit_types
         offered = {task: types[task] for task in _INSTRUCTED if task in types}
         return task_names.named_in(instructions or "", offered)
 
@@ -101,11 +101,11 @@ class Speaker:
 
         Raises `RequestStopped` after a cancellation (see `residency.cancellation`), and errors of engine and manager.
         """
-        self._service.folder.mkdir(parents=True, exist_ok=True)
+        self.service.folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            recording = stack.enter_context(self.voices.copied(request.voice, self._service.folder))
+            recording = stack.enter_context(self.voices.copied(request.voice, self.service.folder))
             joiner: Joiner | None = None
-            with self._service.engine_held(request.keep_warm_s) as engine:
+            with self.service.engine_held(request.keep_warm_s) as engine:
                 for sentence in request.sentences:
                     checkpoint()
                     samples, sample_rate = self._say(engine, request, recording, sentence)
@@ -123,7 +123,7 @@ class Speaker:
         audio, sample_rate = engine.clone(recording, request.voice.text, sentence)
         if request.edit is not None:
             checkpoint()
-            with _as_file(audio, sample_rate, self._service.folder) as spoken:
+            with _as_file(audio, sample_rate, self.service.folder) as spoken:
                 audio, sample_rate = engine.edit(spoken, sentence, *request.edit, sentence)
         return np.asarray(audio, dtype=np.float32).reshape(-1), sample_rate
 
