@@ -31,6 +31,20 @@ CLOSED_WITHIN_S = 30.0
 """Maximum duration of running calls after the end of a replica has begun."""
 
 
+def _parsed(*flags: str) -> Settings:
+    """Returns the settings of flags; raises `InvalidInput` instead of ending the process."""
+    from residency.errors import InvalidInput
+    from residency.launch.settings import parse
+
+    words = [word for line in flags for word in shlex.split(line)]
+    try:
+        return parse(words)
+    except SystemExit:
+        raise InvalidInput(
+            f"Wrong flags, see the line before: {shlex.join(words)}", f"参数错误，见上一行：{shlex.join(words)}"
+        ) from None
+
+
 class Arguments(BaseModel):
     """Flags of app.py, as one line each.
 
@@ -54,7 +68,7 @@ class Engine:
         from residency.cluster.ray_metrics import RayMetrics
 
         self._flags, self._models = flags, models
-        self._manager = app.make_manager(self._settings(""))
+        self._manager = app.make_manager(_parsed(flags, "--enable-gpu-management"))
         self._metrics = RayMetrics(self._manager)
 
     async def call(self, asked: Asked) -> Answered:
@@ -68,7 +82,7 @@ class Engine:
         import app
         from residency.cluster.replica import Replica
 
-        settings = self._settings(self._models[model])
+        settings = _parsed(self._models[model], self._flags, "--enable-gpu-management")
         return Replica(app.managed(settings, self._manager, app.choose_engine(settings), model))
 
     def check_health(self) -> None:
@@ -82,11 +96,6 @@ class Engine:
         if hasattr(self, "_manager"):
             self._manager.close(CLOSED_WITHIN_S)
 
-    def _settings(self, flags: str) -> Settings:
-        from residency.launch.settings import parse
-
-        return parse([*shlex.split(flags), *shlex.split(self._flags), "--enable-gpu-management"])
-
 
 @serve.deployment
 @serve.ingress()
@@ -94,9 +103,7 @@ class Api:
     """The HTTP calls of app.py under ``/v1`` and ``/docs``, in front of the replicas of `Engine`."""
 
     def __init__(self, flags: str, models: dict[str, str], engine: DeploymentHandle[Any]) -> None:
-        from residency.launch.settings import parse
-
-        self._settings = parse(shlex.split(flags))
+        self._settings = _parsed(flags)
         self._models = {name: is_builtin(shlex.split(its_flags)) for name, its_flags in models.items()}
         self._engine = engine
         self._folder = tempfile.mkdtemp(prefix="speech-")
@@ -115,6 +122,11 @@ class Api:
 
 
 def build(arguments: Arguments) -> serve.Application:
-    """Returns the application for ``serve deploy`` and ``serve run``."""
-    models = arguments.models
-    return Api.bind(arguments.api, models, Engine.bind(arguments.engine, models))
+    """Returns the application for ``serve deploy`` and ``serve run``, whose file has the options of the deployments."""
+    return bound(arguments, Engine, Api)
+
+
+def bound(arguments: Arguments, engine: serve.Deployment, api: serve.Deployment) -> serve.Application:
+    """Returns the application of two deployments: `Engine` and `Api`, with options."""
+    _parsed(arguments.engine, "--enable-gpu-management")  # a wrong flag fails here, and not in each replica
+    return api.bind(arguments.api, arguments.models, engine.bind(arguments.engine, arguments.models))

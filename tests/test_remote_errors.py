@@ -22,8 +22,8 @@ from residency.errors import (
     WorkerDied,
 )
 from residency.memory_errors import RemoteFrames
-from residency.workers.messages import pickled, unpickled
 from residency.remote_errors import rebuilt, recorded
+from residency.workers.messages import pickled, unpickled
 from tts_gpu_managed import GPUManagedTTS
 
 pytestmark = LINUX

@@ -1,0 +1,164 @@
+"""The speech API on a real Ray: replicas that come and go, are killed, or replaced, while requests are under way."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import soundfile
+
+from gpu_manager import SimulatedDevice
+
+if TYPE_CHECKING:
+    from ray.cluster_utils import Cluster
+
+URL = "http://127.0.0.1:8000"
+SENTENCE = "The quick brown fox jumps over the lazy dog near the quiet river bank this morning."
+CARD_BYTES, CONTEXT_BYTES = 48 << 30, 100 << 20
+
+
+class Deployed:
+    """The application on the cluster, with replicas whose card is simulated, and shared so that it can be seen here."""
+
+    def __init__(self, folder: Path) -> None:
+        self.card = f"ray-{os.getpid()}-{time.monotonic_ns()}"
+        self.flags = f"--simulate-gpu 48GB,context=100MB,shared={self.card} --gpu-keep-warm 0"
+        self.folder = folder
+
+    def run(self, *, most: int = 3, resources: dict[str, float] | None = None, flags: str = "") -> None:
+        import yaml
+        from ray import serve
+
+        from deploy.ray_serve import Api, Arguments, Engine, bound
+
+        path = Path(__file__).parents[2] / "deploy" / "ray_serve.yaml"
+        application = yaml.safe_load(path.read_text(encoding="utf-8"))["applications"][0]
+        api, engine = ({k: v for k, v in options.items() if k != "name"} for options in application["deployments"])
+        engine["autoscaling_config"] |= {"max_replicas": most, "downscale_delay_s": 2, "upscale_delay_s": 0.1}
+        engine["ray_actor_options"] |= {"resources": resources or {}}
+        arguments = Arguments(
+            api=f"--voices-dir {self.folder}",
+            engine=f"{self.flags} {flags}",
+            models={"builtin": "--engine builtin", "second": "--engine builtin"},
+        )
+        serve.run(bound(arguments, Engine.options(**engine), Api.options(**api)), name="tts", route_prefix="/")
+
+    def held_bytes(self) -> dict[int, int]:
+        """Returns the bytes on the card of each replica: `CONTEXT_BYTES` while its models are offloaded."""
+        return {pid: nbytes or 0 for pid, nbytes in SimulatedDevice(CARD_BYTES, shared=self.card).holders()}
+
+
+@pytest.fixture(scope="module")
+def deployed(ray_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
+    from ray import serve
+
+    yield Deployed(tmp_path_factory.mktemp("voices"))
+    serve.shutdown()
+
+
+def asked(text: str, **fields: object) -> urllib.request.Request:
+    body = {"input": text, "voice": "high", "response_format": "wav", **fields}
+    return urllib.request.Request(
+        f"{URL}/v1/audio/speech", json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+
+
+def spoken(text: str, **fields: object) -> int:
+    """Returns the number of samples of the answer."""
+    with urllib.request.urlopen(asked(text, **fields), timeout=300) as response:
+        sound = response.read()
+    return len(soundfile.read(io.BytesIO(sound))[0])
+
+
+def until(condition: Callable[[], object]) -> None:
+    end_s = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < end_s
+        time.sleep(0.1)
+
+
+def test_requests_start_replicas_and_idle_ones_leave_the_card_and_end(deployed: Deployed) -> None:
+    deployed.run()
+    assert not deployed.held_bytes(), "no replica without a request"
+    with ThreadPoolExecutor(6) as pool:
+        lengths = set(pool.map(spoken, [f"{SENTENCE} {SENTENCE}"] * 6))
+    assert len(lengths) == 1
+    assert len(deployed.held_bytes()) > 1, "several replicas"
+    until(lambda: set(deployed.held_bytes().values()) <= {CONTEXT_BYTES})
+    until(lambda: not deployed.held_bytes())
+    assert spoken(SENTENCE)
+
+
+def test_each_model_and_voice_is_spoken_for(deployed: Deployed) -> None:
+    deployed.run()
+    with urllib.request.urlopen(f"{URL}/v1/models") as response:
+        assert [model["id"] for model in json.load(response)["data"]] == ["builtin", "second"]
+    assert spoken(SENTENCE, model="second") == spoken(SENTENCE, model="builtin")
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        spoken(SENTENCE, voice="nobody")
+    assert json.load(caught.value)["error"]["param"] == "voice"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_text_is_spoken_on_by_another_replica_after_one_was_killed(deployed: Deployed, number: int) -> None:
+    deployed.run(most=2)
+    text = " ".join([SENTENCE] * 6)
+    whole = spoken(text)
+    with urllib.request.urlopen(asked(text), timeout=300) as response:
+        begun = response.read(1000)
+        for pid in deployed.held_bytes():
+            os.kill(pid, number)
+        sound = begun + response.read()
+    assert len(soundfile.read(io.BytesIO(sound))[0]) == whole
+
+
+def test_a_text_is_spoken_on_by_another_machine_after_one_has_ended(deployed: Deployed, ray_cluster: Cluster) -> None:
+    node = ray_cluster.add_node(num_cpus=4, resources={"speech": 2})
+    deployed.run(most=1, resources={"speech": 1})
+    text = " ".join([SENTENCE] * 6)
+    whole = spoken(text)
+    other = ray_cluster.add_node(num_cpus=4, resources={"speech": 2})
+    try:
+        with urllib.request.urlopen(asked(text), timeout=300) as response:
+            begun = response.read(1000)
+            ray_cluster.remove_node(node, allow_graceful=False)
+            sound = begun + response.read()
+        assert len(soundfile.read(io.BytesIO(sound))[0]) == whole
+    finally:
+        ray_cluster.remove_node(other)
+
+
+def test_no_request_is_lost_while_an_update_replaces_the_replicas(deployed: Deployed) -> None:
+    deployed.run()
+    ended = threading.Event()
+    lengths: list[int] = []
+
+    def client() -> None:
+        while not ended.is_set():
+            lengths.append(spoken(SENTENCE))
+
+    with ThreadPoolExecutor(3) as pool:
+        clients = [pool.submit(client) for _ in range(3)]
+        try:
+            until(lambda: len(lengths) > 3)
+            before = set(deployed.held_bytes())
+            deployed.run(flags="--gpu-idle-timeout 5m")
+            until(lambda: deployed.held_bytes() and not before & set(deployed.held_bytes()))
+            done = len(lengths)
+            until(lambda: len(lengths) > done + 3)
+        finally:
+            ended.set()
+        for each in clients:
+            each.result()
+    assert len(set(lengths)) == 1
