@@ -71,11 +71,13 @@ class _Chosen:
     Attributes:
         build: builds it for a torch device.
         page: options of its tab.
+        name: that in ``GET /v1/models``.
         check_text, check_audio: refuse what it is known not to support, without loading it; see `GPUManagedTTS`.
     """
 
     build: Callable[[str], Engine]
     page: _TabOptions
+    name: str
     check_text: Callable[[str], object] | None = None
     check_audio: Callable[[str], object] | None = None
 
@@ -133,7 +135,7 @@ def _serve(settings: Settings, signals: Signals) -> None:
     keys = ApiKeys(settings.api_keys, permissions, signed_in)
     if settings.api_keys and not settings.auth:
         logger.warning("%s", _OPEN_PAGE)
-    speech = _speech_calls(settings, tab, keys)
+    speech = _speech_calls(settings, tab, keys, chosen.name)
     news = tab.panel.news if tab.panel else None
     api = build_api(manager, permissions, news, signed_in, lambda: page.serves, speech)
     names = (settings.server_name, *settings.allowed_hosts, urlsplit(settings.root_path).hostname or "")
@@ -163,7 +165,7 @@ def _serve(settings: Settings, signals: Signals) -> None:
         _end(page, manager, settings.shutdown_grace)
 
 
-def _speech_calls(settings: Settings, tab: EditxTab, keys: ApiKeys) -> SpeechCalls:
+def _speech_calls(settings: Settings, tab: EditxTab, keys: ApiKeys, model: str) -> SpeechCalls:
     from residency.scheduling.policies import keep_alive_seconds
     from residency.web.api.slots import Slots
     from residency.web.api.speech_calls import SpeechCalls
@@ -175,7 +177,7 @@ def _speech_calls(settings: Settings, tab: EditxTab, keys: ApiKeys) -> SpeechCal
         speaker=Speaker(tab.speech, tab.voices),
         recordings=tab.recordings,
         keys=keys,
-        model="builtin" if settings.engine == "builtin" else "step-audio-editx",
+        model=model,
         slots=Slots(settings.max_requests),
         watching=tab.watching,
         keep_alive=keep_alive_seconds,
@@ -195,8 +197,14 @@ def choose_engine(settings: Settings) -> _Chosen:
         return _Chosen(
             lambda torch_device: BuiltinEngine(device=torch_device),
             {"edit_types": supported_edit_types()},
+            "builtin",
             check_text=speakable,
         )
+    if settings.engine == "ray":
+        from residency.cluster.connection import connect
+
+        replicas = connect(settings.ray_address)
+        return _Chosen(lambda torch_device: replicas, {"edit_types": replicas.edit_types}, replicas.model)
     with needing("step-audio"):
         from residency.engines import step_audio
         from residency.engines.step_audio_facts import TARGET_CHARACTERS
@@ -221,6 +229,7 @@ def choose_engine(settings: Settings) -> _Chosen:
             "more_tags": generation.tags,
             "max_target_text": TARGET_CHARACTERS,
         },
+        "step-audio-editx",
         check_text=spoken_by_step_audio,
         check_audio=step_audio.audio_check(settings.step_audio_root, context_tokens),
     )

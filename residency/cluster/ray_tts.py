@@ -27,8 +27,8 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 5
-"""Maximum number of replicas that are asked for one call, if each ends before it answers."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
+"""Pauses between two attempts: each is twice as long as the one before."""
 
 
 class NoReplica(ResidencyError):
@@ -45,6 +45,7 @@ class RayTTS:
     calls.
 
     Attributes:
+        model: its name.
         edit_types: tasks and their sub-tasks.
         at_once: number of calls that may run at a time.
         retries: number of calls that were sent again.
@@ -54,6 +55,7 @@ class RayTTS:
 
     def __init__(self, replicas: DeploymentHandle[Any], model: str, builtin: bool, timeout_s: float = 900.0) -> None:
         """``model``: one of the deployment. ``timeout_s``: maximum duration of a call, with the start of a replica."""
+        self.model = model
         self._replicas = replicas.options(multiplexed_model_id=model)
         self._timeout_s = timeout_s
         self.edit_types = supported_edit_types() if builtin else STEP_AUDIO_EDIT_TYPES
@@ -84,11 +86,11 @@ class RayTTS:
         return torch.from_numpy(answered.samples.copy())[None], answered.sample_rate
 
     def _answer(self, asked: Asked) -> Answered:
-        from ray.exceptions import RayActorError, RayError, WorkerCrashedError
+        from ray.exceptions import GetTimeoutError, RayError, RayTaskError
         from ray.serve.exceptions import RayServeException, RequestCancelledError
 
-        until_s = time.monotonic() + self._timeout_s
-        for _ in range(ATTEMPTS):
+        until_s, pause_s = time.monotonic() + self._timeout_s, FIRST_PAUSE_S
+        while True:
             checkpoint()
             response = self._replicas.call.remote(asked)
             if cancellation := current():
@@ -99,12 +101,15 @@ class RayTTS:
             except RequestCancelledError:
                 checkpoint()
                 raise
-            except TimeoutError as error:
+            except (TimeoutError, GetTimeoutError) as error:
                 response.cancel()
                 raise NoReplica from error
-            except (RayActorError, WorkerCrashedError) as error:
-                self.retries += 1
-                logger.warning("A replica ended before it answered; another one is asked: %s", error)
-            except (RayError, RayServeException) as error:
-                raise NoReplica from error
-        raise NoReplica
+            except RayTaskError:  # of the code there
+                raise
+            except (RayError, RayServeException) as error:  # its process or its machine has ended
+                if time.monotonic() + pause_s > until_s:
+                    raise NoReplica from error
+                logger.warning("A replica has not answered; another one is asked: %s", error)
+            self.retries += 1
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)

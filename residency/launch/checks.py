@@ -10,8 +10,9 @@ from contextlib import redirect_stderr
 from pathlib import Path
 
 from ..sentences import in_locale
+from .model_path import may_be_hub_id
 from .options import OF_FLAG, THIS_PROJECT, LaunchSettings, absolute
-from .settings import may_be_hub_id, parse
+from .settings import parse
 from .terminal import fail, output_of, say
 
 DISK_CUDA_MB = 9000

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, Literal
 from ..errors import InvalidInput
 from ..scheduling.policies import keep_warm_seconds, seconds
 from .listening import check_certificate
+from .model_path import check_model_path
 from .values import (
     SimulatedCard,
     api_keys,
@@ -35,8 +35,6 @@ from .values import (
     site_path,
     size_bytes,
 )
-
-_HUB_ID = r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?"
 
 _METAVARS: dict[object, str] = {seconds: "S", keep_warm_seconds: "S", size_bytes: "SIZE", simulated_card: "SIZE"}
 
@@ -199,9 +197,13 @@ class Settings:
         "(environment: GPU_CONTROL_TOKEN)",
         sendable, metavar="TOKEN", variables=("GPU_CONTROL_TOKEN",), secret=True)
 
-    engine: Literal["builtin", "step-audio"] = _flag(
-        "builtin", "auto: step-audio if --model-path is given, else builtin (default: auto)",
-        choices=["auto", "builtin", "step-audio"], unset="auto", group="engine")
+    engine: Literal["builtin", "step-audio", "ray"] = _flag(
+        "builtin", "auto: step-audio if --model-path is given, else builtin; ray: replicas on Ray Serve (default: "
+        "auto)",
+        choices=["auto", "builtin", "step-audio", "ray"], unset="auto", group="engine")
+    ray_address: str = _flag(
+        "auto", "the cluster of --engine ray: HOST:PORT, ray://HOST:PORT, or auto, the one that runs on this machine "
+        "(default: auto)", metavar="ADDRESS")
     asr_model: str | None = _flag(
         None, "speech recognition for --enable-auto-transcribe: a folder, or the id of a model on a hub (default: the "
         "checkout's own, or openai/whisper-large-v3)", os.path.expanduser, metavar="MODEL")
@@ -269,9 +271,16 @@ def _checked_settings(values: dict[str, Any], environ: Mapping[str, str]) -> Set
     values["voices_dir"] = values["voices_dir"] or default_voices_dir(environ)
     if values["engine"] == "auto":
         values["engine"] = "step-audio" if values["model_path"] else "builtin"
+    if values["engine"] == "ray" and (values["enable_gpu_management"] or values["model_path"]):
+        raise InvalidInput(
+            "--engine ray leaves models and their GPUs to the replicas: leave --enable-gpu-management and --model-path "
+            "out, and give them to the replicas (deploy/ray_serve.yaml)",
+            "--engine ray 的模型与 GPU 由副本管理：请去掉 --enable-gpu-management 和 --model-path，"
+            "并写在副本的配置中（deploy/ray_serve.yaml）",
+        )
     check_certificate(values["ssl_certfile"], values["ssl_keyfile"])
     if values["engine"] == "step-audio":
-        _check_model_path(values["model_path"], values["model_source"])
+        check_model_path(values["model_path"], values["model_source"])
     return Settings(**values)
 
 
@@ -279,43 +288,6 @@ def default_voices_dir(environ: Mapping[str, str]) -> str:
     """Returns the folder of the stored voices, by the XDG Base Directory Specification."""
     data = environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
     return os.path.join(data, "gpu-managed-tts", "voices")
-
-
-def _check_model_path(model_path: str | None, source: str) -> None:
-    """Raises `InvalidInput` if local weights are missing; accepts a possible hub id unless the source is local."""
-    if model_path is None:
-        raise InvalidInput(
-            "--engine step-audio needs --model-path, the folder with Step-Audio-Tokenizer and Step-Audio-EditX (for a "
-            "checkout of 2026: the folder Step-Audio-EditX itself); leave --engine out to use the built-in engine",
-            "--engine step-audio 需要 --model-path（包含 Step-Audio-Tokenizer 和 Step-Audio-EditX 的目录；"
-            "2026 版代码则为 Step-Audio-EditX 目录本身）；不写 --engine 则使用内置引擎",
-        )
-    if source in ("huggingface", "modelscope") and Path(model_path).is_absolute():
-        raise InvalidInput(
-            f"--model-path {model_path} is a folder, and --model-source {source} takes the id of a hub: leave "
-            f"--model-source out, or give an id (stepfun-ai, or stepfun-ai/Step-Audio-EditX for a checkout of 2026)",
-            f"--model-path {model_path} 是目录，而 --model-source {source} 需要模型仓库 ID：请去掉 --model-source，"
-            f"或给出 ID（stepfun-ai；2026 版代码则为 stepfun-ai/Step-Audio-EditX）",
-        )
-    if source in ("auto", "local") and not may_be_hub_id(model_path, source) and not _is_readable(model_path):
-        raise InvalidInput(
-            f"--model-path {model_path} is not a readable folder. Download stepfun-ai/Step-Audio-Tokenizer and "
-            f"stepfun-ai/Step-Audio-EditX into it (hf download; for a checkout of 2026, name the folder "
-            f"Step-Audio-EditX itself), give --model-source huggingface or "
-            f"modelscope if it is the id of a hub, or leave --model-path out to use the built-in engine",
-            f"--model-path {model_path} 不是可读的目录。请把 stepfun-ai/Step-Audio-Tokenizer 和 "
-            f"stepfun-ai/Step-Audio-EditX 下载到其中（2026 版代码请指定 Step-Audio-EditX 目录本身）；"
-            f"如果它是模型仓库的 ID，请加上 --model-source huggingface 或 modelscope；不写 --model-path 则使用内置引擎",
-        )
-
-
-def may_be_hub_id(model_path: str, source: str) -> bool:
-    """Returns whether a model path that is no folder may be the id of a hub: an owner, or ``owner/model``."""
-    return source == "auto" and not os.path.exists(model_path) and bool(re.fullmatch(_HUB_ID, model_path))
-
-
-def _is_readable(folder: str) -> bool:
-    return os.path.isdir(folder) and os.access(folder, os.R_OK | os.X_OK)
 
 
 def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:

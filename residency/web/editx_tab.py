@@ -84,7 +84,7 @@ class EditxTab:
         )
         manager = getattr(tts_engine, "manager", None)
         self._model = getattr(tts_engine, "name", None) or "tts"
-        queue = SpeechQueue(self._model) if manager is None else None
+        queue = SpeechQueue(self._model, getattr(tts_engine, "at_once", 1)) if manager is None else None
         self.watching: Callable[..., AbstractContextManager[None]] = (manager or queue).watching  # type: ignore[union-attr]
         self.recordings = Recordings(folder, getattr(args, "max_disk", math.inf))
         edit_types = edit_types or task_names.STEP_AUDIO_EDIT_TYPES

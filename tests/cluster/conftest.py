@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[object]:
-    """Its second machine alone has the resource ``second``. Skips without Ray: scripts/test_cluster installs it."""
+    """Its first machine has the resource ``first``. Skips without Ray: scripts/test_cluster installs it."""
     pytest.importorskip("ray.serve")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["PYTHONPATH"] = str(ROOT)  # for the processes of replicas
@@ -22,7 +22,9 @@ def ray_cluster() -> Iterator[object]:
     import ray
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "include_dashboard": False})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 8, "resources": {"first": 100}, "include_dashboard": False}
+    )
     ray.init(address=cluster.address, logging_level="WARNING", log_to_driver=bool(os.environ.get("SHOW_RAY_LOGS")))
     yield cluster
     ray.shutdown()

@@ -46,6 +46,7 @@ class Deployed:
         application = yaml.safe_load(path.read_text(encoding="utf-8"))["applications"][0]
         api, engine = ({k: v for k, v in options.items() if k != "name"} for options in application["deployments"])
         engine["autoscaling_config"] |= {"max_replicas": most, "downscale_delay_s": 2, "upscale_delay_s": 0.1}
+        api["ray_actor_options"] |= {"resources": {"first": 1}}
         engine["ray_actor_options"] |= {"resources": resources or {}}
         arguments = Arguments(
             api=f"--voices-dir {self.folder}",
