@@ -6,7 +6,8 @@
 ``ray`` needs Ray (`pip install "ray[serve]"`): two nodes, as processes here; 1, 2 and 4 replicas answer requests over
 HTTP. Replicas share the cores of this machine, so the built-in engine cannot scale beyond them; an engine that sleeps
 shows the routing alone. The overhead of the ingress is the time of a request over HTTP less that of the same call by
-the driver to a replica, alternately, with one replica.
+the driver to a replica, alternately, with one replica. RAY_SERVE_ENABLE_HA_PROXY=1 in front of the command has HAProxy
+answer HTTP, which comes with Ray, in place of Serve's own proxy.
 
 ``day`` is a simulation: no Ray, no GPU. It prints all of its assumptions. Exits with 1 if a goal is missed.
 """
@@ -56,7 +57,7 @@ PARTS = (
     Part("think-s", 20, "s", "assumed: mean between two requests of a session, beside the seconds of the first"),
     Part("swing", 0.9, "of the average", "assumed: arrivals at 16 h are 1 + this times the average, at 4 h 1 - this"),
     Part("models-per-gpu", 8, "models", "assumed: 8 of 14 GB in 112 GB of main memory for each GPU"),
-    Part("process-s", 10, "s", "assumed, before the load: Ray, Python, torch and CUDA"),
+    Part("process-s", 10, "s", "assumed, before the load; from zero to an answer of the built-in engine: 16.7 s"),
     Part("load-s", 30, "s with the GPU", "assumed: 14 GB from a shared disk, and the engine; not measured on a GPU"),
     Part("restore-s", 0.56, "s", "calculated: 14 GB from main memory at 25 GB/s (PCIe 4); not measured on a GPU"),
     Part("offload-s", 0.5, "s", "14 GB at 28 GB/s: results/restore-cpu-2026-11-23.txt, on a simulated card"),
@@ -69,7 +70,7 @@ ALSO = (
     "Always-on: each GPU has one model, all day. The models' requests of that day divide the GPUs: known in advance.",
     "Requests for a model without a GPU are refused. If several models fit on a GPU at once, fewer GPUs are needed.",
     "Scale-to-zero: a replica starts when a model has more requests than replicas, and ends when it was idle for long;",
-    "if all GPUs have one, it waits for the end of another.",
+    "if all GPUs have one, it waits for the end of another. Requests are answered in order of arrival.",
     "Ours: the same, but several models have a place on each GPU and take turns there, in order of the requests; idle",
     "ones are in main memory. A load takes the GPU all the time. spread: a model gets the GPU with fewest models;",
     "packed: the fullest one with a place, so that whole GPUs stay free.",
@@ -129,9 +130,11 @@ def print_ray(plan: argparse.Namespace) -> bool:
 
     reached = True
     with measure.local_ray() as url:
-        if "builtin" in plan.engine:
-            print(f"\nfrom no replica to the first answer of the built-in engine: {measure.from_zero_s(url):.1f} s")
-        print(f"\n{'':10}{'replicas':>10}{'requests':>10}{'per second':>12}{'p50':>9}{'p95':>9}{'sent again':>12}")
+        print(f"\nHTTP by {'HAProxy' if os.environ.get('RAY_SERVE_ENABLE_HA_PROXY') == '1' else 'the proxy of Serve'}")
+        if "builtin" in plan.engine and plan.replicas:
+            print(f"from no replica to the first answer of the built-in engine: {measure.from_zero_s(url):.1f} s")
+        if plan.replicas:
+            print(f"\n{'':10}{'replicas':>10}{'requests':>10}{'per second':>12}{'p50':>9}{'p95':>9}{'sent again':>12}")
         for engine in plan.engine:
             for replicas in plan.replicas:
                 done = measure.throughput(url, engine, replicas, plan.count, plan.clients)
@@ -141,11 +144,13 @@ def print_ray(plan: argparse.Namespace) -> bool:
         for engine in plan.engine:
             by_http, direct = measure.overhead(url, engine, plan.pairs)
             more_s = statistics.median(a - b for a, b in zip(by_http, direct, strict=True))
-            ok = more_s <= MOST_OVERHEAD_S
-            reached &= ok
+            verdict = "(its own time varies by more)"
+            if engine == "sleep":
+                reached = more_s <= MOST_OVERHEAD_S
+                verdict = f"<= {MOST_OVERHEAD_S * 1000:g} ms: {'yes' if reached else 'no'}"
             print(f"{engine + f', {plan.pairs} pairs':26}{statistics.median(by_http) * 1000:7.1f} ms"
                   f"{statistics.median(direct) * 1000:7.1f} ms{more_s * 1000:9.1f} ms"
-                  f"   <= {MOST_OVERHEAD_S * 1000:g} ms: {'yes' if ok else 'no'}")  # fmt: skip
+                  f"   {verdict}")  # fmt: skip
     return reached
 
 
@@ -154,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--only", choices=["ray", "day"], help="one part (both)")
     add("--engine", nargs="+", choices=["builtin", "sleep"], default=["builtin", "sleep"], help="ray (both)")
-    add("--replicas", nargs="+", type=int, default=[1, 2, 4], help="ray (1 2 4)")
+    add("--replicas", nargs="*", type=int, default=[1, 2, 4], help="ray; none: the overhead alone (1 2 4)")
     add("--count", type=int, default=64, help="ray: requests for each number of replicas (64)")
     add("--clients", type=int, default=8, help="ray: threads that send requests (8)")
     add("--pairs", type=int, default=100, help="ray: calls for the overhead (100)")
