@@ -242,7 +242,6 @@ def _torch_device(manager: GPUResourceManager | None) -> str:
 
 
 def make_manager(settings: Settings) -> GPUResourceManager:
-    """Returns the manager of this process, as the settings say."""
     from gpu_manager import Sharing, SimulatedDevice, find_device, get_gpu_manager
 
     card, limit = settings.simulate_gpu, settings.gpu_host_memory_limit

@@ -18,7 +18,7 @@ from ray.serve.handle import DeploymentHandle
 from residency.cluster import is_builtin
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
+    from starlette.types import ASGIApp
 
     from residency.cluster.replica import Answered, Asked, Replica
     from residency.launch.settings import Settings
@@ -108,7 +108,7 @@ class Api:
         self._engine = engine
         self._folder = tempfile.mkdtemp(prefix="speech-")
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    def __serve_build_asgi_app__(self) -> ASGIApp:
         from residency.cluster.api import build
 
         return build(self._settings, self._models, self._engine, self._folder)

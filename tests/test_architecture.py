@@ -120,12 +120,22 @@ def test_files_and_functions_are_short() -> None:
     assert not long, "split these"
 
 
+def test_the_app_imports_nothing_of_ray_serve() -> None:
+    script = (
+        "import sys, app\n"
+        "app.choose_engine(app.parse([]))\n"
+        "from residency.web import page\n"
+        "assert not [name for name in sys.modules if name.partition('.')[0] == 'ray' or name == 'residency.cluster']\n"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
 def test_importing_the_library_brings_no_torch_no_gpu_and_no_logging_setup() -> None:
     script = (
         "import logging, sys, importlib, pkgutil, residency\n"
         "import gpu_manager, tts_gpu_managed\n"
         "for module in pkgutil.walk_packages(residency.__path__, 'residency.'):\n"
-        "    if '.web' not in module.name: importlib.import_module(module.name)\n"
+        "    if '.web' not in module.name and '.cluster' not in module.name: importlib.import_module(module.name)\n"
         "assert not {'torch', 'transformers', 'gradio', 'onnxruntime'} & set(sys.modules), sorted(sys.modules)\n"
         "assert not logging.getLogger().handlers\n"
     )

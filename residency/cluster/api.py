@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..launch.settings import Settings
@@ -11,22 +13,25 @@ from ..web.api.control import build as build_api
 from ..web.api.slots import Slots
 from ..web.api.speech_calls import SpeechCalls
 from ..web.server.api_keys import ApiKeys
+from ..web.server.cross_origin import cross_origin
+from ..web.server.heartbeats import Heartbeats
+from ..web.server.middleware import RequestMiddleware
 from ..web.server.permissions import Permissions
 from ..web.speech.conversion import Limits
+from ..web.speech.object_voices import voice_store
 from ..web.speech.queue import SpeechQueue
 from ..web.speech.recordings import Recordings
 from ..web.speech.service import SpeechService
 from ..web.speech.speaking import Speaker
-from ..web.speech.voices import VoiceStore
 from .ray_tts import RayTTS
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
     from ray.serve.handle import DeploymentHandle
+    from starlette.types import ASGIApp
 
 
-def build(settings: Settings, models: Mapping[str, bool], replicas: DeploymentHandle[Any], folder: str) -> FastAPI:
-    """Returns the application.
+def build(settings: Settings, models: Mapping[str, bool], replicas: DeploymentHandle[Any], folder: str) -> ASGIApp:
+    """Returns the application, with the limits of uploads and the guard against other sites of app.py.
 
     Args:
         models: the names of the models, and whether each is the built-in engine.
@@ -34,7 +39,7 @@ def build(settings: Settings, models: Mapping[str, bool], replicas: DeploymentHa
         folder: for recordings and results of running requests.
     """
     recordings = Recordings(folder, settings.max_disk)
-    voices = VoiceStore(settings.voices_dir or folder, lambda path: None)
+    voices = voice_store(settings.voices_dir or folder)
     queue = SpeechQueue("tts", settings.max_requests)
     limits = Limits(settings.max_audio, settings.max_text or Limits.text, settings.max_text or Limits.target_text)
     speakers = {}
@@ -54,4 +59,11 @@ def build(settings: Settings, models: Mapping[str, bool], replicas: DeploymentHa
         watching=queue.watching,
         keep_alive=keep_alive_seconds,
     )
-    return build_api(None, permissions, speech=speech)
+    guard = RequestMiddleware(
+        Path(folder),
+        Heartbeats(lambda session: None, lambda session: None),
+        largest_upload_bytes=math.inf if settings.max_upload is None else settings.max_upload,
+        know=lambda session: False,
+        reserved=recordings.reserved,
+    )
+    return cross_origin(settings.cors_origins)(guard.around(build_api(None, permissions, speech=speech)))

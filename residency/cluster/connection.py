@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import socket
 
 from ..errors import EngineUnavailable, needing
 from .ray_tts import RayTTS
@@ -26,11 +27,14 @@ def connect(address: str) -> RayTTS:
         from ray.serve.exceptions import RayServeException
     before = signal.getsignal(signal.SIGTERM)
     try:
+        host, _, port = address.removeprefix("ray://").rpartition(":")
+        if port.isdecimal():  # Ray itself tries for minutes
+            socket.create_connection((host, int(port)), ANSWERED_WITHIN_S).close()
         ray.init(address, namespace="serve", log_to_driver=False, logging_level=logging.WARNING)
         api = serve.get_deployment_handle(API, APPLICATION)
         models: dict[str, bool] = api.models.remote().result(timeout_s=ANSWERED_WITHIN_S)
         replicas = serve.get_deployment_handle(ENGINE, APPLICATION)
-    except (RayError, RayServeException, ConnectionError, TimeoutError, ValueError, RuntimeError) as error:
+    except (RayError, RayServeException, OSError, ValueError, RuntimeError) as error:
         raise EngineUnavailable(
             f"No replicas at --ray-address {address} ({error}): start Ray, and deploy them (serve deploy "
             f"deploy/ray_serve.yaml)",

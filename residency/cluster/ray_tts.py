@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -31,6 +32,13 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 """Pauses between two attempts: each is twice as long as the one before."""
 
 
+@cache
+def _retried() -> Any:
+    from ray.util.metrics import Counter
+
+    return Counter("gpu_manager_retried_calls", "Calls that were sent again since a replica has not answered.")
+
+
 class NoReplica(ResidencyError):
     """No replica has answered a call."""
 
@@ -48,7 +56,6 @@ class RayTTS:
         model: its name.
         edit_types: tasks and their sub-tasks.
         at_once: number of calls that may run at a time.
-        retries: number of calls that were sent again.
     """
 
     at_once = 1000
@@ -60,7 +67,6 @@ class RayTTS:
         self._timeout_s = timeout_s
         self.edit_types = supported_edit_types() if builtin else STEP_AUDIO_EDIT_TYPES
         self.check_text: Callable[[str], object] = speakable if builtin else spoken_by_step_audio
-        self.retries = 0
 
     def clone(self, prompt_wav_path: str, prompt_text: str, target_text: str) -> tuple[torch.Tensor, int]:
         return self._ask("clone", prompt_wav_path, prompt_text, target_text)
@@ -110,6 +116,6 @@ class RayTTS:
                 if time.monotonic() + pause_s > until_s:
                     raise NoReplica from error
                 logger.warning("A replica has not answered; another one is asked: %s", error)
-            self.retries += 1
+            _retried().inc()
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .choose_gpu import Gpu
-from .options import OF_APP, LaunchSettings, absolute
+from .options import OF_APP, LaunchSettings, absolute, is_url
 from .terminal import fail, output_of
 
 LABEL = "gpu-managed-tts"
@@ -165,7 +165,7 @@ def _mounts(settings: LaunchSettings) -> Iterator[tuple[str, bool]]:
     voices = os.environ.get("GPU_TTS_VOICES_DIR")
     mounts = [*read_only, (settings.gpu_snapshot_dir, True), (absolute(voices) if voices else "", True)]
     for path, writable in (*mounts, *((path, writable) for _, path, writable in _arguments(settings))):
-        if path:
+        if path and not is_url(path):
             _check_inside(path, writable)
             yield path, writable
 

@@ -213,8 +213,18 @@ def _add_variables(given: dict[str, tuple[str, str]], environ: Mapping[str, str]
                 given[name] = environ[variable], variable
 
 
+def is_url(path: str) -> bool:
+    """Whether a path is the URL of an object store, which containers reach without a mount."""
+    return "://" in path
+
+
 def absolute(path: str) -> str:
-    """Makes a path absolute, for restarts and containers; expands ``~``, which shells leave unexpanded after ``=``."""
+    """Makes a path absolute, for restarts and containers; expands ``~``, which shells leave unexpanded after ``=``.
+
+    Returns URLs unchanged.
+    """
+    if is_url(path):
+        return path
     return os.path.join(os.getcwd(), os.path.expanduser(path))
 
 

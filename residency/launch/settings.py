@@ -131,8 +131,9 @@ class Settings:
         "its app)", count, metavar="N")
 
     voices_dir: str = _flag(
-        "", "folder of the stored voices, which outlive the app (default: gpu-managed-tts/voices in $XDG_DATA_HOME, or "
-        "in ~/.local/share; environment: GPU_TTS_VOICES_DIR)", folder_path, metavar="DIR",
+        "", "folder of the stored voices, which outlive the app, or the URL of an object store, such as "
+        "s3://BUCKET/voices (default: gpu-managed-tts/voices in $XDG_DATA_HOME, or in ~/.local/share; environment: "
+        "GPU_TTS_VOICES_DIR)", folder_path, metavar="DIR",
         variables=("GPU_TTS_VOICES_DIR",), unset=None, group="voices and the speech API under /v1")
     api_keys: tuple[str, ...] = _flag(
         (), "key of at least 16 characters that all calls under /v1 need; may be given several times, or separated by "

@@ -20,10 +20,10 @@ from .server.permissions import Permissions
 from .shared.gradio_compat import PRIVATE, localizer, supported
 from .speech import task_names
 from .speech.conversion import Limits
+from .speech.object_voices import voice_store
 from .speech.queue import SpeechQueue
 from .speech.recordings import Recordings
 from .speech.service import EditFailed, SpeechService
-from .speech.voices import VoiceStore
 from .ui import guidance, status_text
 from .ui.chat_history import Histories, Overtaken, SessionState, Step, as_messages, new_state
 from .ui.gpu_panel import GpuPanel
@@ -90,7 +90,7 @@ class EditxTab:
         edit_types = edit_types or task_names.STEP_AUDIO_EDIT_TYPES
         self.speech = SpeechService(tts_engine, edit_types, self.recordings, recognize, limits, queue)
         voices_dir = getattr(args, "voices_dir", None) or os.path.join(folder, "voices")
-        self.voices = VoiceStore(voices_dir, getattr(tts_engine, "check_audio", lambda path: None))
+        self.voices = voice_store(voices_dir, getattr(tts_engine, "check_audio", lambda path: None))
         self._histories = Histories(self.recordings)
         self._clone_appends, self._more_tags = clone_appends, more_tags
         self._builtin = getattr(args, "engine", None) == "builtin"

@@ -5,24 +5,30 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import soundfile
+from app_process import free_port
 
 from gpu_manager import SimulatedDevice
 
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
 
+ROOT = Path(__file__).resolve().parents[2]
 URL = "http://127.0.0.1:8000"
 SENTENCE = "The quick brown fox jumps over the lazy dog near the quiet river bank this morning."
 CARD_BYTES, CONTEXT_BYTES = 48 << 30, 100 << 20
@@ -42,11 +48,12 @@ class Deployed:
 
         from deploy.ray_serve import Api, Arguments, Engine, bound
 
-        path = Path(__file__).parents[2] / "deploy" / "ray_serve.yaml"
+        path = ROOT / "deploy" / "ray_serve.yaml"
         application = yaml.safe_load(path.read_text(encoding="utf-8"))["applications"][0]
         api, engine = ({k: v for k, v in options.items() if k != "name"} for options in application["deployments"])
         engine["autoscaling_config"] |= {"max_replicas": most, "downscale_delay_s": 2, "upscale_delay_s": 0.1}
         api["ray_actor_options"] |= {"resources": {"first": 1}}
+        engine["health_check_period_s"] = 1
         engine["ray_actor_options"] |= {"resources": resources or {}}
         arguments = Arguments(
             api=f"--voices-dir {self.folder}",
@@ -68,16 +75,23 @@ def deployed(ray_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> 
     serve.shutdown()
 
 
-def asked(text: str, **fields: object) -> urllib.request.Request:
+def asked(text: str, url: str = URL, **fields: object) -> urllib.request.Request:
     body = {"input": text, "voice": "high", "response_format": "wav", **fields}
     return urllib.request.Request(
-        f"{URL}/v1/audio/speech", json.dumps(body).encode(), {"content-type": "application/json"}
+        f"{url}/v1/audio/speech", json.dumps(body).encode(), {"content-type": "application/json"}
     )
 
 
-def spoken(text: str, **fields: object) -> int:
+def answers(url: str) -> bool:
+    with suppress(OSError):
+        urllib.request.urlopen(url, timeout=10).close()
+        return True
+    return False
+
+
+def spoken(text: str, url: str = URL, **fields: object) -> int:
     """Returns the number of samples of the answer."""
-    with urllib.request.urlopen(asked(text, **fields), timeout=300) as response:
+    with urllib.request.urlopen(asked(text, url, **fields), timeout=300) as response:
         sound = response.read()
     return len(soundfile.read(io.BytesIO(sound))[0])
 
@@ -138,6 +152,49 @@ def test_a_text_is_spoken_on_by_another_machine_after_one_has_ended(deployed: De
         assert len(soundfile.read(io.BytesIO(sound))[0]) == whole
     finally:
         ray_cluster.remove_node(other)
+
+
+def test_the_metrics_of_replicas_are_at_rays_endpoint(deployed: Deployed) -> None:
+    import ray
+
+    deployed.run()
+    assert spoken(SENTENCE)
+
+    def exported() -> str:
+        pages = []
+        for node in ray.nodes():
+            with suppress(OSError):
+                url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+                with urllib.request.urlopen(url, timeout=10) as response:
+                    pages.append(response.read().decode())
+        return "".join(pages)
+
+    until(lambda: re.search(r'ray_gpu_manager_moves_total\{.*from="released".*model="builtin".*\} [1-9]', exported()))
+
+
+def test_the_page_speaks_with_the_replicas(deployed: Deployed, tmp_path: Path) -> None:
+    import ray
+
+    deployed.run()
+    port = free_port()
+    command = [sys.executable, "app.py", "--engine", "ray", "--server-name", "127.0.0.1", "--server-port", str(port)]
+    command += ["--tmp-dir", str(tmp_path), "--ray-address", ray.get_runtime_context().gcs_address]
+    with subprocess.Popen(command, cwd=ROOT) as app:
+        try:
+            until(lambda: answers(f"http://127.0.0.1:{port}/v1/models"))
+            assert spoken(SENTENCE, url=f"http://127.0.0.1:{port}") == spoken(SENTENCE)
+        finally:
+            app.terminate()
+        assert app.wait(60) == 0
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense"])
+def test_without_a_cluster_the_page_says_what_to_do(address: str) -> None:
+    command = [sys.executable, "app.py", "--engine", "ray", "--server-port", str(free_port()), "--ray-address", address]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1
+    assert "serve deploy" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_no_request_is_lost_while_an_update_replaces_the_replicas(deployed: Deployed) -> None:

@@ -202,7 +202,7 @@ def make():
 def test_the_page_of_the_app_follows_the_generation(newer: Path, models: Path, tmp_path: Path, generation: Any) -> None:
     checkout, folder = (newer, models / "Step-Audio-EditX") if generation is VLLM else (CHECKOUT, models)
     settings = parse(["--model-path", str(folder), "--step-audio-root", str(checkout), "--tmp-dir", str(tmp_path)], {})
-    chosen = app._engine(settings)
+    chosen = app.choose_engine(settings)
     assert ("laugh" in chosen.page["more_tags"]) == chosen.page["clone_appends"] == (generation is VLLM)
     soundfile.write(tmp_path / "long.wav", np.zeros(80_000, np.float32), 1000)
     assert chosen.check_audio is not None

@@ -84,10 +84,10 @@ def test_models_share_the_process_of_the_app_unless_told_otherwise() -> None:
 
 def test_the_app_builds_its_manager_with_the_isolation_of_the_flags(tmp_path: Path) -> None:
     flags = ["--enable-gpu-management", "--simulate-gpu", "48GB", "--gpu-isolation", "process", "--gpu-residue", "keep"]
-    with app._manager(parse(flags, {})) as manager:
+    with app.make_manager(parse(flags, {})) as manager:
         assert (manager.settings["isolation"], manager.settings["residue"]) == ("process", "keep")
     with pytest.raises(InvalidInput, match="leave out --gpu-snapshot-dir"):
-        app._manager(parse([*flags, "--gpu-snapshot-dir", str(tmp_path)], {}))
+        app.make_manager(parse([*flags, "--gpu-snapshot-dir", str(tmp_path)], {}))
 
 
 def test_a_system_without_fork_servers_is_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

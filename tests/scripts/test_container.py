@@ -153,6 +153,18 @@ def test_voices_are_kept_where_the_user_says(machine: Machine, tmp_path: Path, b
     assert voices.is_dir()
 
 
+@pytest.mark.parametrize("by_flag", [True, False])
+def test_voices_in_an_object_store_need_no_folder(machine: Machine, by_flag: bool) -> None:
+    url = "s3://bucket/voices"
+    if by_flag:
+        machine.start("--voices-dir", url)
+        assert url in machine.calls("run")[-1]
+    else:
+        machine.start(GPU_TTS_VOICES_DIR=url)
+        assert f"GPU_TTS_VOICES_DIR={url}" in pairs("--env", machine.calls("run")[-1])
+    assert pairs("--volume", machine.calls("run")[-1]) == []
+
+
 def test_folders_that_arguments_name_lie_inside_where_they_lie_outside(machine: Machine, tmp_path: Path) -> None:
     recordings, whisper = tmp_path / "recordings", machine.project.bin / "whisper"
     whisper.mkdir()

@@ -28,10 +28,11 @@ import importlib.util
 find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if name in EXTRAS else find_spec(name, package)
 """
-EXTRAS = {"app", "builtin", "checkpoint", "asr", "step-audio", "all"}
+EXTRAS = {"app", "builtin", "checkpoint", "asr", "step-audio", "ray", "all"}
 MODULES = {
     "numpy", "gradio", "starlette", "fastapi", "fastapi_offline", "prometheus_client", "soundfile", "av", "soxr",
-    "sentencex", "scipy", "socksio", "hibari", "pyworld", "silero_vad", "onnxruntime", "transformers", "packaging",
+    "sentencex", "fsspec", "scipy", "socksio", "hibari", "pyworld", "silero_vad", "onnxruntime", "transformers",
+    "packaging",
 }  # fmt: skip
 
 
@@ -74,7 +75,8 @@ def test_a_bare_install_needs_few_packages_and_the_extras_bring_the_rest(wheel: 
     assert needs(wheel) == base
     assert {"gradio", "fastapi", "av"} <= needs(wheel, "app") - base
     assert needs(wheel, "checkpoint") - base == {"cuda-core", "cuda-bindings"}
-    assert not {"cuda-core", "cuda-bindings"} & needs(wheel, "all")
+    assert needs(wheel, "ray") - base == {"ray"}
+    assert not {"cuda-core", "cuda-bindings", "ray"} & needs(wheel, "all")
     assert {"hibari-tts", "silero-vad", "onnxruntime"} <= needs(wheel, "builtin") - base
     assert "gradio" not in needs(wheel, "builtin") | needs(wheel, "asr") | needs(wheel, "step-audio")
     assert {path.name for path in (wheel / "residency" / "web" / "static").glob("*.js")} >= {
@@ -102,8 +104,8 @@ with gpu_manager.GPUResourceManager(gpu_manager.SimulatedDevice(1 << 30)) as man
     ("script", "extra"),
     [
         ("import residency.web.page", "app"),
-        ("app._engine(parse([]))[0]('cpu')", "builtin"),
-        ("app._engine(parse(['--model-path', 'weights', '--engine', 'step-audio']))", "step-audio"),
+        ("app.choose_engine(parse([]))[0]('cpu')", "builtin"),
+        ("app.choose_engine(parse(['--model-path', 'weights', '--engine', 'step-audio']))", "step-audio"),
         ("app._recognizer(parse(['--enable-auto-transcribe']), None)", "asr"),
     ],
 )

@@ -24,7 +24,8 @@ from ...units import readable_bytes
 from .recordings import UNDER_WAY
 from .sample_voices import FOLDER, VOICES
 
-_RECORDING, _FACTS = "recording.wav", "voice.json"
+RECORDING, FACTS = "recording.wav", "voice.json"
+"""Files of a stored voice."""
 _HIDDEN = "."
 """First character of the names of folders that are being written or deleted."""
 _MOST_VOICES, _MOST_BYTES = 1000, 2_000_000_000
@@ -142,15 +143,15 @@ class VoiceStore:
             if any(_key(other) == _key(name) for other in self._names()):
                 raise VoiceExists(name)
             try:
-                sizes = [os.path.getsize(folder / _RECORDING) for folder in self._stored()]
+                sizes = [os.path.getsize(folder / RECORDING) for folder in self._stored()]
                 if len(sizes) >= _MOST_VOICES or sum(sizes) + 2 * soundfile.info(recording).frames > _MOST_BYTES:
                     raise VoicesFull
                 self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 unfinished = tempfile.mkdtemp(prefix=f"{_HIDDEN}new-", dir=self._folder)
                 try:
-                    _write_wav(recording, os.path.join(unfinished, _RECORDING))
+                    _write_wav(recording, os.path.join(unfinished, RECORDING))
                     facts = {"name": name, "text": text, "created": created}
-                    Path(unfinished, _FACTS).write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
+                    Path(unfinished, FACTS).write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
                     os.rename(unfinished, self._folder / name)
                 except BaseException:
                     shutil.rmtree(unfinished, ignore_errors=True)
@@ -159,7 +160,7 @@ class VoiceStore:
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and self._folder.is_dir():
                     raise VoiceExists(name) from None  # another app stored it meanwhile
                 raise VoiceNotStored(str(self._folder), error.strerror or str(error)) from error
-        return Voice(name, text, str(self._folder / name / _RECORDING), True, created)
+        return Voice(name, text, str(self._folder / name / RECORDING), True, created)
 
     def remove(self, name: str) -> Voice:
         """Deletes a stored voice and returns it; raises `UnknownVoice`, and `InvalidInput` for one that ships."""
@@ -213,7 +214,7 @@ class VoiceStore:
         """Yields the folders of the stored voices."""
         with suppress(OSError):  # no folder: no voices
             for folder in self._folder.iterdir():
-                if not folder.name.startswith(_HIDDEN) and (folder / _RECORDING).is_file():
+                if not folder.name.startswith(_HIDDEN) and (folder / RECORDING).is_file():
                     yield folder
 
 
@@ -224,8 +225,8 @@ def _samples() -> list[Voice]:
 def _read(folder: Path) -> Voice | None:
     """Returns a stored voice; None if it is none, or was deleted meanwhile."""
     try:
-        facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
-        return Voice(folder.name, str(facts["text"]), str(folder / _RECORDING), True, int(facts["created"]))
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        return Voice(folder.name, str(facts["text"]), str(folder / RECORDING), True, int(facts["created"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
