@@ -1,8 +1,9 @@
 """Every command in a block of the documents is run as it stands there: for real, but for what would change the machine.
 
 A chapter's commands run one after the other in one folder. Docker is a stand-in that answers as the real one does;
-sudo, systemctl and journalctl only look at what they are given; of tests it is only looked whether they are there.
-Of commands and files that a sentence names in passing it is looked whether they are there and know their flags.
+sudo, systemctl, journalctl, ray, serve and kubectl only look at what they are given; of tests it is only looked whether
+they are there. Of commands and files that a sentence names in passing it is looked whether they are there and know
+their flags.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ COPIED = [
     "residency",
     "scripts",
     "examples",
+    "deploy",
 ]
 #: Starts the app in the terminal, and so does not end by itself.
 FOREGROUND = re.compile(r"start_with_gpu_management\.sh( --simulate-gpu \S+)?$")
@@ -66,6 +68,9 @@ done""",
     "systemctl": "[[ $* == daemon-reload || ($* == *gpu-managed-tts && -e examples/gpu-managed-tts.service) ]]",
     "ffplay": "[[ $(head --bytes 4) == RIFF ]] && cat >/dev/null",
     "journalctl": "[[ $* == *'--unit gpu-managed-tts'* ]]",
+    "ray": "[[ $1 == start ]]",
+    "serve": "[[ $1 == status || ($1 == deploy && -e $2) ]]",
+    "kubectl": "[[ $1 == get || ($1 == apply && -e ${@: -1}) ]]",
 }
 
 
