@@ -146,7 +146,7 @@ def _serve(settings: Settings, signals: Signals) -> None:
             settings.server_port,
             share=settings.share,
             auth=settings.auth,
-            hosts=Hosts(names, lambda request: permissions.knows_token(request) or keys.knows(request)),
+            hosts=Hosts(names, keys.passes),
             root_path=settings.root_path,
             ssl_certfile=settings.ssl_certfile,
             ssl_keyfile=settings.ssl_keyfile,

@@ -227,7 +227,7 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         return Lease(self._admission, self._registry.named(name)[0], timeout, reading, keep_warm)
 
     def offload(self, name: str | None = None) -> bool:
-        """Moves a model (None: all) to host memory. False: pending until its requests or its arrival end."""
+        """Moves a model (None: all) to host memory. False: pending until its request or its arrival ends."""
         return self._registry.for_each(name, lambda managed: self._manual_control.bring_down(managed, State.HOST))
 
     def release(self, name: str | None = None) -> bool:

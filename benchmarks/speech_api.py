@@ -4,8 +4,9 @@
 
 The first bytes are those of the built-in engine, on a simulated card: a text of ten sentences and its first sentence
 alone, alternately, with the model loaded. All else uses an engine that computes nothing and takes 20 ms for half a
-second of sound. Connections are dropped at random moments: in the header, in the body, in the queue, while the app
-speaks, and while the client reads a byte at a time; they send a text, a text with `ref_audio`, or a form with a
+second of sound. Slow clients read at a fixed rate with a small receive buffer, below and above the app's limit, while
+another client is served. Connections are dropped at random moments: in the header, in the body, in the queue, while the
+app speaks, and while the client reads a byte at a time; they send a text, a text with `ref_audio`, or a form with a
 recording. The growth of memory is the slope of a line through the rounds after a fifth of them. Exits with 1 if a goal
 is missed.
 """
@@ -60,7 +61,7 @@ def clone(self, *arguments):
     for _ in range(4):
         checkpoint()
         time.sleep(0.005)
-    return torch.full((1, 12_000), 0.25), 24_000
+    return torch.full((1, 2_400_000 if "long time" in "".join(arguments[2:]) else 12_000), 0.25), 24_000
 gated_engine.BuiltinEngine.clone = clone
 def run(self, executor, *arguments, run=asyncio.BaseEventLoop.run_in_executor):
     if executor is None and self._default_executor is None:
@@ -69,7 +70,18 @@ def run(self, executor, *arguments, run=asyncio.BaseEventLoop.run_in_executor):
             run(self, None, all_started.wait)
     return run(self, executor, *arguments)
 asyncio.BaseEventLoop.run_in_executor = run
+from residency.web.speech.recordings import Recordings
+def note(self, reserved_bytes):
+    self.__dict__["reserved_bytes"] = reserved_bytes
+    (gated_engine.FOLDER / "reserved").write_text(f"{reserved_bytes:.0f}")
+Recordings._reserved_bytes = property(lambda self: self.__dict__["reserved_bytes"], note)
 """
+LONG = "Please speak this for a long time."
+"""A text of 100 s: its 4.8 MB are more than the system takes for a client that does not read."""
+LEAST, RATES = 500, (800, 1600, 3200, 1, 20, 300)
+"""Bytes per second that a client has to read, and those that the slow ones read. The system counts what a client has
+read in pieces of its receive buffer, so that one of 600 may seem slower than it is."""
+SLOW_FOR_S, OTHERS = 75, 60
 CLIENTS = 64
 KINDS = ("a text", "a text with ref_audio", "a form")
 RECORDING = (Path(__file__).parent.parent / "residency/web/static/samples/low.flac").read_bytes()
@@ -96,7 +108,7 @@ def main() -> None:
         gates.mkdir()
         with RunningApp(Path(home, "tmp"), *ARGUMENTS, gates=gates, prelude=_QUICK) as app:
             goals += measure_crowd(app, options.rounds)
-            goals += measure_beside_slow_client(app)
+            goals += measure_beside_slow_clients(app, gates / "reserved")
             goals += measure_drops(app, options.drops, random.Random(options.seed))
             goals += [("exit status after SIGTERM", app.stop(), 0, "")]
     print(f"\nmust reach\n{'':48}{'reached':>12}{'wanted':>14}")
@@ -177,55 +189,92 @@ def measure_crowd(app: RunningApp, rounds: int) -> list[tuple[str, float, float,
     return [("lost or different answers", lost, 0, ""), ("growth of memory per round", slope, MOST_MB_PER_ROUND, "MB")]
 
 
-def measure_beside_slow_client(app: RunningApp) -> list[tuple[str, float, float, str]]:
-    """Compares requests without and beside clients that read a byte per second."""
-    times_s: dict[bool, list[float]] = {False: [], True: []}
-    text = " ".join(SENTENCES * 3)
-    whole, read = speak(app, text)[1], list[bytes]()
-    for slow in (False, True, False, True):
-        over, begun = threading.Event(), threading.Barrier(8 * slow + 1)
-        readers = [
-            threading.Thread(target=_read_slowly, args=(app.port, text, begun, over, read)) for _ in range(8 * slow)
-        ]
-        for each in readers:
-            each.start()
-        begun.wait()
+def measure_beside_slow_clients(app: RunningApp, reserved: Path) -> list[tuple[str, float, float, str]]:
+    """Compares requests without and beside clients that read slowly for so long that the app could end them twice.
+
+    ``reserved``: the file with the bytes of ``--max-disk`` that are reserved for audio that is not sent yet.
+    """
+    process = psutil.Process(app.process.pid)
+    whole = speak(app, LONG)[1]
+    assert whole
+
+    def counted() -> tuple[int, ...]:
+        return process.num_threads(), process.num_fds(), int(reserved.read_text())
+
+    before = _settled(app, counted)
+    alone_s = [speak(app, SENTENCES[0])[0] for _ in range(OTHERS)]
+    over, connections = threading.Event(), [_slow_connection(app.port) for _ in RATES]
+    with ThreadPoolExecutor(len(RATES)) as pool:
+        readers = [pool.submit(_read, *each, over) for each in zip(connections, RATES, strict=True)]
+        began_s = time.monotonic()
         wait_until(lambda: is_quiet(app))
-        times_s[slow] += [speak(app, SENTENCES[0])[0] for _ in range(20)]
+        during, beside_s = counted(), list[float]()
+        lasted_s = dict.fromkeys([connection.getsockname()[1] for connection in connections], 0.0)
+        for number in range(OTHERS):
+            time.sleep(max(0, began_s + SLOW_FOR_S - time.monotonic()) / (OTHERS - number))
+            beside_s.append(speak(app, SENTENCES[0])[0])
+            for peer in (each.raddr for each in process.net_connections() if each.raddr):
+                if peer.port in lasted_s:
+                    lasted_s[peer.port] = time.monotonic() - began_s
         over.set()
-        for each in readers:
-            each.join()
+        complete = [reader.result() == whole for reader in readers]
+    after, model = _settled(app, counted), app.model()
+    ended = [max(lasted_s.values()) - each > 5 for each in lasted_s.values()]
+    print(f"\n{f'clients that read for {SLOW_FOR_S} s, then all else':48}{'all bytes':>12}{'ended after s':>16}")
+    for rate, got_all, is_ended, each_s in zip(RATES, complete, ended, lasted_s.values(), strict=True):
+        print(
+            f"{f'{rate} bytes per second':48}{'yes' if got_all else 'no':>12}{f'{each_s:.0f}' if is_ended else '-':>16}"
+        )
     print(f"\n{'a sentence':48}{'median s':>12}{'most s':>12}")
-    for slow, name in ((False, "alone"), (True, "beside 8 clients that read a byte per second")):
-        print(f"{name:48}{statistics.median(times_s[slow]):12.3f}{max(times_s[slow]):12.3f}", flush=True)
-    ratio = statistics.median(times_s[True]) / statistics.median(times_s[False])
-    different = sum(each != whole for each in read) + 16 - len(read)
+    for name, times_s in (("alone", alone_s), (f"beside {len(RATES)} clients that read slowly", beside_s)):
+        print(f"{name:48}{statistics.median(times_s):12.3f}{max(times_s):12.3f}")
+    for name, counts in (("before", before), ("during", during), ("after", after)):
+        print(f"{f'threads, descriptors, reserved bytes {name}':48}{', '.join(map(str, counts)):>24}", flush=True)
+    found = list(zip(RATES, complete, ended, strict=True))
+    ratio = statistics.median(beside_s) / statistics.median(alone_s)
     return [
         ("a sentence beside slow clients / alone", ratio, MOST_DELAY, ""),
-        ("lost or different answers of slow clients", different, 0, ""),
+        ("clients above the limit without all bytes", sum(not all_ for rate, all_, _ in found if rate > LEAST), 0, ""),
+        ("clients below the limit, not cut off", sum(not cut for rate, _, cut in found if rate < LEAST), 0, ""),
+        ("clients below the limit with all bytes", sum(all_ for rate, all_, _ in found if rate < LEAST), 0, ""),
+        ("reserved bytes for slow clients are missing", during[2] <= before[2], 0, ""),
+        ("leases and waiting requests that they left", model["leases"] + model["waiting"], 0, ""),
+        ("threads that they left", max(0, after[0] - before[0]), 0, ""),
+        ("descriptors that they left", max(0, after[1] - before[1]), 0, ""),
+        ("reserved bytes that they left", after[2] - before[2], 0, ""),
     ]
 
 
-def _read_slowly(port: int, text: str, begun: threading.Barrier, over: threading.Event, read: list[bytes]) -> None:
-    """Reads a byte per second until ``over``, then all else; adds the audio to ``read``."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
-    connection.connect()
-    connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    connection.request("POST", "/v1/audio/speech", request(text).partition(b"\r\n\r\n")[2])
-    answer = connection.getresponse()
-    audio = [answer.read(1)]
-    begun.wait()
-    while not over.wait(1):
-        audio += [answer.read(1)]
-    read.append(b"".join([*audio, answer.read()]))
-    connection.close()
+def _slow_connection(port: int) -> socket.socket:
+    """Sends a request for a long text, with a small receive buffer, and waits for the beginning of the answer."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # before the connection has a window
+    connection.connect(("127.0.0.1", port))
+    connection.sendall(request(LONG).replace(b"HTTP/1.1", b"HTTP/1.0"))  # its body ends with the connection
+    connection.recv(1, socket.MSG_PEEK)
+    return connection
+
+
+def _read(connection: socket.socket, bytes_per_s: int, over: threading.Event) -> bytes:
+    """Reads at this rate until ``over``, then all else; returns the audio."""
+    every_s = max(0.25, 1 / bytes_per_s)
+    read, began_s = b"", time.monotonic()
+    with connection, suppress(ConnectionError):
+        while not over.wait(max(0, began_s + len(read) / bytes_per_s - time.monotonic())):
+            if not (piece := connection.recv(round(bytes_per_s * every_s))):
+                break
+            read += piece
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        while piece := connection.recv(1 << 16):
+            read += piece
+    return read.partition(b"\r\n\r\n")[2]
 
 
 def measure_drops(app: RunningApp, drops: int, rng: random.Random) -> list[tuple[str, float, float, str]]:
     """Drops connections, 20 at a time, and counts what is left of them."""
     process = psutil.Process(app.process.pid)
 
-    def counted() -> tuple[int, int, int]:
+    def counted() -> tuple[int, ...]:
         files = [path for path in app.tmp_dir.rglob("*") if path.is_file() and not path.name.startswith(".")]
         return process.num_threads(), process.num_fds(), len(files)
 
@@ -254,12 +303,13 @@ def measure_drops(app: RunningApp, drops: int, rng: random.Random) -> list[tuple
     ]
 
 
-def _settled(app: RunningApp, counted: Callable[[], tuple[int, int, int]]) -> tuple[int, int, int]:
+def _settled(app: RunningApp, counted: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
     """Counts when nothing runs. A request lets the threads end that had no work for 10 s."""
     wait_until(lambda: is_quiet(app))
     for _ in range(2):
         time.sleep(11)
         speak(app, SENTENCES[0])
+    time.sleep(1)  # the file of the last answer is closed
     return counted()
 
 

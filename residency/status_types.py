@@ -229,7 +229,10 @@ class SharingStatus(TypedDict):
     headroom_bytes: Annotated[int, Doc("When less is free, idle models leave; 0: they do not.")]
     yields: Annotated[int, Doc("How often models left for other processes.")]
     last_yield: Annotated[YieldStatus | None, Doc("The last time; null before the first.")]
-    peers: Annotated[list[int], Doc("Other processes of this project that use the device, as they name themselves.")]
+    peers: Annotated[
+        list[int],
+        Doc("Pids of other apps of this project that use the device, each as in its container: two may be equal."),
+    ]
     holders: Annotated[list[HoldingProcess], Doc("Other processes that hold memory of the device.")]
     neighbors: Annotated[list[NeighborStatus], Doc("Servers that are asked for memory; see --gpu-neighbor.")]
     queue: Annotated[list[QueuedMove], Doc("Moves that wait for room, in order of arrival, and those that run.")]

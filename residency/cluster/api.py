@@ -47,7 +47,8 @@ def build(settings: Settings, models: Mapping[str, bool], replicas: DeploymentHa
         engine = RayTTS(replicas, name, builtin)
         service = SpeechService(engine, engine.edit_types, recordings, None, limits, queue)
         speakers[name] = Speaker(service, voices)
-    first, speaker = next(iter(speakers.items()))
+    first = next(iter(speakers))
+    speaker = speakers.pop(first)
     permissions = Permissions(settings.control_token, trust_local=False)
     speech = SpeechCalls(
         service=speaker.service,
@@ -55,6 +56,7 @@ def build(settings: Settings, models: Mapping[str, bool], replicas: DeploymentHa
         recordings=recordings,
         keys=ApiKeys(settings.api_keys, permissions, None),
         model=first,
+        others=speakers,
         slots=Slots(settings.max_requests),
         watching=queue.watching,
         keep_alive=keep_alive_seconds,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from ..errors import DeviceLost, DeviceOutOfMemory, InvalidInput
 from ..sentences import Sentence
 from ..units import readable_bytes
 from .ledger import Ledger
+from .named_cards import books_of
 
 if TYPE_CHECKING:
     import torch
@@ -112,10 +112,9 @@ class SimulatedDevice(CpuDevice):
         self.ledger = self._named_ledger(shared) if shared else Ledger()
 
     def _named_ledger(self, name: str) -> Ledger:
-        path = os.path.join(tempfile.gettempdir(), f"simulated-card-{os.getuid()}-{name}")
-        ledger, capacity_bytes = Ledger.named(path, self.capacity_bytes)
-        if capacity_bytes != self.capacity_bytes:
-            size, other = readable_bytes(self.capacity_bytes), readable_bytes(capacity_bytes)
+        ledger = books_of(name, self.capacity_bytes)
+        if ledger.capacity_bytes != self.capacity_bytes:
+            size, other = readable_bytes(self.capacity_bytes), readable_bytes(ledger.capacity_bytes)
             raise InvalidInput(
                 f"the simulated GPU {name!r} exists with {other}, not {size}: use that size, or another name",
                 f"模拟 GPU {name!r} 已存在，容量为 {other} 而非 {size}：请使用该容量，或换一个名称",

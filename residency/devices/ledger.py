@@ -7,17 +7,14 @@ leaves whole rows.
 
 from __future__ import annotations
 
-import atexit
 import fcntl
 import mmap
 import os
 import pickle
-import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any, TypeVar
 
 from ..locks import renewed_in_children
@@ -29,13 +26,12 @@ RUNNING, LOCKED, CHECKPOINTED, FAILED = range(4)
 
 _POLL_S = 0.001
 _ROWS = 256
-_BYTES = 8 * (2 + 7 * _ROWS)
+BOOKS_BYTES = 8 * (2 + 7 * _ROWS)
 
-_attaching = renewed_in_children(threading.Lock())
-#: The shared books of this process, by file: closing a second descriptor of a file would end the lock of the first.
-_attached: weakref.WeakValueDictionary[tuple[int, int], Ledger] = weakref.WeakValueDictionary()
-#: The cards with a name that this process uses, by path.
-_named: dict[str, Ledger] = {}
+attaching = renewed_in_children(threading.Lock())
+#: The shared books of this process, by device and inode, guarded by ``attaching``: closing a second descriptor of a
+#: file would end the lock of the first.
+attached: weakref.WeakValueDictionary[tuple[int, int], Ledger] = weakref.WeakValueDictionary()
 
 
 class Ledger:
@@ -57,7 +53,7 @@ class Ledger:
         self._own = 0
         self._file: tuple[int, int, int] | None = None  # descriptor, device, inode
         self._close: weakref.finalize[..., Any] | None = None
-        self._use(memoryview(bytearray(_BYTES)))
+        self._use(memoryview(bytearray(BOOKS_BYTES)))
         self._words[0], self.pids[0], self.owners[0] = 1, self._pid, self._pid
         renewed_in_children(self)
 
@@ -230,26 +226,37 @@ class Ledger:
     # -- other processes --------------------------------------------------------------------------------------------
 
     @classmethod
-    def named(cls, path: str, capacity_bytes: int) -> tuple[Ledger, int]:
-        """Opens the books of a card with a name, or makes them; returns them and the capacity with which it was made.
+    def in_file(cls, fd: int) -> Ledger:
+        """Uses books in a file of ``BOOKS_BYTES`` that is locked, and adds this process to them."""
+        ledger = cls()
+        ledger._attach(fd)
+        ledger._own = ledger.row_of(os.getpid())
+        return ledger
 
-        The file is removed with the last process that uses the card.
-        """
-        with _attaching:
-            if (ledger := _named.get(path)) is None:
-                fd = _opened(path)
-                if os.fstat(fd).st_size < _BYTES:
-                    os.ftruncate(fd, _BYTES)
-                    os.pwrite(fd, capacity_bytes.to_bytes(8, sys.byteorder), _BYTES - 8)
-                ledger = _named[path] = cls()
-                ledger._attach(fd)
-                ledger._own = ledger.row_of(os.getpid())
-                fcntl.lockf(fd, fcntl.LOCK_UN)
-                atexit.register(_leave, ledger, path)
-            return ledger, ledger._words[-1]
+    @classmethod
+    def copied(cls, raw: bytes) -> Ledger:
+        """Returns a copy of the books in a file, which may be shorter than ``BOOKS_BYTES``."""
+        ledger = cls()
+        ledger._use(memoryview(bytearray(raw.ljust(BOOKS_BYTES, b"\0"))))
+        return ledger
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Of a card with a name."""
+        return self._words[-1]
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether they are in a file, and not those of this process alone."""
+        return self._file is not None
+
+    def users(self) -> set[int]:
+        """Returns the processes with a row that run."""
+        rows = [row for row in self._rows() if self.started[row]]
+        return {self.pids[row] for row in rows if started_at(self.pids[row]) == self.started[row]}
 
     def __reduce__(self) -> tuple[Callable[..., Ledger], tuple[int, ...]]:
-        with _attaching, self.lock:
+        with attaching, self.lock:
             if self._file is None:
                 self._share()
             assert self._file is not None
@@ -259,7 +266,7 @@ class Ledger:
         if not hasattr(os, "memfd_create"):
             raise pickle.PicklingError("a simulated card can be shared between processes on Linux only")
         fd = os.memfd_create("simulated-card")
-        os.ftruncate(fd, _BYTES)
+        os.ftruncate(fd, BOOKS_BYTES)
         self.started[self._own] = started_at(self._pid)
         os.pwrite(fd, self._words, 0)
         self._attach(fd)
@@ -269,16 +276,16 @@ class Ledger:
         self._close.atexit = False
         about = os.fstat(fd)
         self._file = fd, about.st_dev, about.st_ino
-        self._use(memoryview(mmap.mmap(fd, _BYTES)))
+        self._use(memoryview(mmap.mmap(fd, BOOKS_BYTES)))
         self.alone = False
-        _attached[self._file[1:]] = self
+        attached[self._file[1:]] = self
 
     def _at_fork_reinit(self) -> None:
         """Called in each forked child; see `renewed_in_children`."""
         self.lock._at_fork_reinit()  # type: ignore[attr-defined]
         parent, self._pid = self._pid, os.getpid()
         if self._file is not None:
-            _attached.pop(self._file[1:], None)
+            attached.pop(self._file[1:], None)
             self._file = None
             self._use(memoryview(bytearray(self._words)))
             assert self._close is not None
@@ -290,35 +297,10 @@ class Ledger:
         self._owner = self._pid
 
 
-def _opened(path: str) -> int:
-    """Opens a file, and makes it if necessary; returns its descriptor, locked."""
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.lockf(fd, fcntl.LOCK_EX)
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(fd), os.stat(path)):
-                return fd
-        os.close(fd)  # its last process has removed it in between
-
-
-def _leave(ledger: Ledger, path: str) -> None:
-    """At the end of this process: removes the file of a card with a name if no other process uses it."""
-
-    def remove(ledger: Ledger) -> None:
-        ledger.drop(os.getpid())
-        ledger.drop_ended()
-        if not ledger._rows():
-            with suppress(FileNotFoundError):
-                os.unlink(path)
-
-    if ledger._pid == os.getpid() and ledger._file is not None:
-        ledger.locked(remove)
-
-
 def _attach(pid: int, owner: int, fd: int, device: int, inode: int) -> Ledger:
     """Opens the books that a process has pickled; raises FileNotFoundError if that process has ended."""
-    with _attaching:
-        ledger = _attached.get((device, inode))
+    with attaching:
+        ledger = attached.get((device, inode))
         if ledger is None:
             path = f"/proc/{pid}/fd/{fd}"
             ledger, here = Ledger(), os.open(path, os.O_RDWR | os.O_CLOEXEC)

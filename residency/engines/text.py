@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from functools import cache
+from typing import Any
 
 from ..errors import InvalidInput
 
@@ -14,6 +16,13 @@ _WORD = re.compile(r"[^\W\d_]+")
 _TAG = re.compile(r"\[[^\[\]]*\]")
 _LATIN = ("LATIN", "MODIFIER LETTER")
 _SPOKEN_BY_STEP_AUDIO = (*_LATIN, "CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "HANGUL", "BOPOMOFO")
+_NOT_SPOKEN = (
+    "ca", "cs", "da", "de", "es", "fi", "fr", "hr", "hu", "it", "nl", "no", "pl", "pt", "ro", "sk", "sl", "sv", "tr",
+    "vi",
+)  # fmt: skip
+"""Languages in Latin letters, as py3langid names them, which no engine speaks."""
+_FEWEST_WORDS, _SURE = 6, 0.95
+"""Shorter texts, and those of which py3langid is less sure, pass: of 41,000 English ones none is refused."""
 
 
 def required(text: str | None, en: str, zh: str) -> str:
@@ -37,10 +46,12 @@ def speakable(target_text: str | None) -> str:
 def english(text: str) -> str:
     """Converts punctuation to half width; raises `InvalidInput` if a word has letters other than Latin ones.
 
-    The engine would silently omit such a word. Single Greek letters (α, π) are allowed.
+    The engine would silently omit such a word. Single Greek letters (α, π) are allowed. Texts that are surely in
+    another language are refused too.
     """
     text = unicodedata.normalize("NFC", text.translate(_HALF_WIDTH))
-    if foreign := next((word for word in _WORD.findall(text) if _is_foreign(word, _LATIN)), None):
+    foreign = next((word for word in _WORD.findall(text) if _is_foreign(word, _LATIN)), None)
+    if foreign := foreign or _in_another_language(text):
         raise InvalidInput(
             f"Write the text in English: the built-in engine speaks English only and cannot pronounce "
             f"“{_short(foreign)}” (Step-Audio-EditX, started with --model-path, also speaks Chinese, Japanese and "
@@ -54,18 +65,39 @@ def english(text: str) -> str:
 def spoken_by_step_audio(text: str) -> None:
     """Raises `InvalidInput` if most letters are of a script of which Step-Audio-EditX speaks no language.
 
-    Other languages in Latin letters pass, and so do words of other scripts within a text.
+    Also if a text of Latin letters is surely in a language that it does not speak. Words of others within it pass.
     """
-    words = _WORD.findall(unicodedata.normalize("NFC", _TAG.sub(" ", text or "")))
+    text = unicodedata.normalize("NFC", _TAG.sub(" ", text or ""))
+    words = _WORD.findall(text)
     foreign = [word for word in words if _is_foreign(word, _SPOKEN_BY_STEP_AUDIO)]
-    if 2 * sum(map(len, foreign)) > sum(map(len, words)):
+    most = 2 * sum(map(len, foreign)) > sum(map(len, words))
+    if unknown := foreign[0] if most else _in_another_language(text):
         raise InvalidInput(
-            f"Step-Audio-EditX does not speak the language of “{_short(foreign[0])}”: write the text in Chinese "
+            f"Step-Audio-EditX does not speak the language of “{_short(unknown)}”: write the text in Chinese "
             f"(Mandarin; Cantonese or Sichuanese after [Cantonese] or [Sichuanese]), English, Japanese (after "
             f"[Japanese]) or Korean (after [Korean])",
-            f"Step-Audio-EditX 不支持“{_short(foreign[0])}”所属的语言：请用中文（普通话；粤语、四川话请在开头加 "
+            f"Step-Audio-EditX 不支持“{_short(unknown)}”所属的语言：请用中文（普通话；粤语、四川话请在开头加 "
             f"[Cantonese] 或 [Sichuanese]）、英语、日语（开头加 [Japanese]）或韩语（开头加 [Korean]）填写",
         )
+
+
+def _in_another_language(text: str) -> str:
+    """Returns the text if it is surely in a language of Latin letters that no engine speaks; else nothing."""
+    text, identifier = _TAG.sub(" ", text).strip(), _identifier()
+    if identifier is None or len(_WORD.findall(text)) < _FEWEST_WORDS:
+        return ""
+    language, probability = identifier.classify(text)
+    return text if language in _NOT_SPOKEN and probability >= _SURE else ""
+
+
+@cache
+def _identifier() -> Any:
+    """Returns py3langid's identifier (0.6 s, 76 MB), which is thread-safe; None where it is not installed."""
+    try:
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+    except ModuleNotFoundError:  # in a checkout's environment without the extra
+        return None
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
 def _short(word: str) -> str:

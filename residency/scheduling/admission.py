@@ -103,6 +103,8 @@ class Admission:
             if error is None:
                 break
             dispatcher.release_lost_leases()  # a deadlock, unless it waits for a lost lease: then the retry succeeds
+        if lease.queued:
+            lease.queued()
         return request
 
     def _queue_locked(self, request: LeaseRequest, lease: LeaseData) -> None:

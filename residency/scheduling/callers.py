@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import concurrent.futures.thread
+import gc
 import inspect
 import math
 import sys
@@ -25,6 +26,8 @@ from dataclasses import dataclass, replace
 from pathlib import PurePath
 from types import CodeType, FrameType
 from typing import Any
+
+from ..locks import renewed_in_children
 
 _SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
@@ -37,6 +40,8 @@ _INTERNAL = frozenset({
 #: Modules that run several tasks in one thread.
 _POOLS = ("concurrent.futures", "anyio")
 _RUNNERS = (*_POOLS, "asyncio", "threading")
+
+_collecting = renewed_in_children(threading.RLock())
 
 _JOIN = threading.Thread.join.__code__
 _RESULTS = frozenset({concurrent.futures.Future.result.__code__, concurrent.futures.Future.exception.__code__})
@@ -111,7 +116,7 @@ class CallSite:
         """Returns whether the function that took the lease is on a stack: not returned and not suspended."""
         if self.frame is None or self.is_suspended:
             return False
-        return any(self.frame.is_of(frame) for top in sys._current_frames().values() for frame in _below(top))
+        return any(self.frame.is_of(frame) for top in _current_frames().values() for frame in _below(top))
 
     def executes_here(self) -> bool:
         """Returns whether that function, or the one that made a generator's last step, is on this thread's stack."""
@@ -208,7 +213,23 @@ def _time_out(frame: FrameType) -> float:
 
 def _stack(thread: int) -> Iterator[FrameType]:
     """Yields the frames of a thread, innermost first; none if it has ended."""
-    return _below(sys._current_frames().get(thread))
+    return _below(_current_frames().get(thread))
+
+
+def _current_frames() -> dict[int, FrameType]:
+    """Returns the innermost frame of each thread, without a garbage collection meanwhile.
+
+    Up to Python 3.11, a finalizer that gives up the GIL there stops the whole process: Python holds the lock of its
+    list of threads, for which other threads wait with the GIL (https://github.com/python/cpython/issues/106883).
+    """
+    with _collecting:
+        enabled = gc.isenabled()
+        try:
+            gc.disable()
+            return sys._current_frames()
+        finally:
+            if enabled:
+                gc.enable()
 
 
 def _below(frame: FrameType | None) -> Iterator[FrameType]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import CodeType
 
@@ -23,6 +23,7 @@ class LeaseData:
         request: its current request; None before it is entered and after its end.
         owns: whether the request was made for this lease; False if it shares another lease's.
         cancelled: `Lease.cancel` was called.
+        queued: is called once its own request is in the queue, or has the model; None: nothing.
         reading: whether it only reads values; then it may share any current request.
         keep_warm_s: how long the model stays on the device after its request; None: as its policy says.
         waited: its wait for the model (of a shared request: that one's); None before it is entered.
@@ -33,6 +34,7 @@ class LeaseData:
     request: LeaseRequest | None = None
     owns = False
     cancelled = False
+    queued: Callable[[], object] | None = None
     reading = False
     keep_warm_s: float | None = None
     waited: Waited | None = None

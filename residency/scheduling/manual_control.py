@@ -33,7 +33,8 @@ class ManualControl:
     def bring_down(self, managed: ManagedModel, target: State) -> bool:
         """Offloads (HOST) or releases (RELEASED). Returns True when done; raises the move's error.
 
-        False: the move is pending until current and waiting requests, or a running move to the device, have ended.
+        False: the move is pending until the current request, or a running move to the device, has ended. It comes
+        before waiting requests, which bring the model back.
         """
         dispatcher, leases, wishes, task = self._dispatcher, managed.leases, managed.wishes, None
         while task is None:

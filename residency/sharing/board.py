@@ -25,7 +25,7 @@ BUSY_AFTER_S = 1.0
 
 _TABLE = (
     "create table if not exists tickets (key text primary key, model text, pid integer, arrived_s real, "
-    "wanted_bytes integer, beat_s real, claimed integer, card_bytes integer)"
+    "wanted_bytes integer, beat_s real, claimed integer, card_bytes integer, started integer)"
 )
 
 
@@ -49,7 +49,7 @@ class Board:
             gone, new = set(before) - set(after), set(after) - set(before)
             connection.executemany("delete from tickets where key = ?", [(ticket.key,) for ticket in gone])
             connection.executemany(
-                "insert into tickets values (?, ?, ?, ?, ?, ?, ?, ?)", [astuple(each) for each in new]
+                "insert into tickets values (?, ?, ?, ?, ?, ?, ?, ?, ?)", [astuple(each) for each in new]
             )
             connection.execute("commit")
             return result

@@ -21,7 +21,7 @@ from ..status_types import SharingStatus
 from . import Sharing
 from .asking import Asking
 from .board import Board, PrivateBoard
-from .processes import name_of, other_processes, with_parents
+from .processes import Identity, family_of, identity_of, name_of, other_processes
 from .room import Leaving, Room
 from .strangers import Strangers
 from .tickets import (
@@ -82,7 +82,7 @@ class SharedCard:
         self._room = Room(device, leaving, headroom_bytes, board, asking, self.wake)
         self.place = self._room.place
         self._strangers = Strangers(headroom_bytes)
-        self._parents: dict[int, frozenset[int]] = {}
+        self._families: dict[int, frozenset[Identity]] = {}
         self._presence = f"{PRESENCE}{uuid.uuid4().hex}"
         self._wake = threading.Event()
         self._closed = False
@@ -107,6 +107,8 @@ class SharedCard:
     def status(self) -> SharingStatus:
         now_s, recent = time.monotonic(), self.last_yield
         queue = alive(self._room.tickets(), now_s)
+        # Each app has a ticket of its presence and those of its idle models; two containers may have the same pid.
+        here = {(each.key[: len(self._presence)], each.pid) for each in queue if each.marks_presence}
         return {
             "headroom_bytes": self.headroom_bytes,
             "yields": self.yields,
@@ -114,7 +116,7 @@ class SharedCard:
                 "ago_s": now_s - recent.time_s, "pid": recent.pid, "name": recent.name, "bytes": recent.nbytes,
                 "models": list(recent.models),
             },
-            "peers": sorted({ticket.pid for ticket in queue if ticket.marks_presence} - {os.getpid()}),
+            "peers": sorted(pid for key, pid in here if key != self._presence),
             "holders": other_processes(self._device, self._leaving.own_pids()),
             "neighbors": self.asking.status(),
             "queue": [
@@ -156,7 +158,8 @@ class SharedCard:
 
     def _here(self, now_s: float) -> list[Ticket]:
         """Returns the tickets that mark the presence of this process, and of its idle models."""
-        here = Ticket(self._presence, "", os.getpid(), now_s, 0, now_s, True)
+        pid, started = identity_of(os.getpid())
+        here = Ticket(self._presence, "", pid, now_s, 0, now_s, True, started=started)
         return [here] + [
             replace(here, key=f"{self._presence}-{model}", arrived_s=idle_since_s, card_bytes=nbytes)
             for model, (idle_since_s, nbytes) in self._leaving.offers().items()
@@ -164,17 +167,18 @@ class SharedCard:
 
     def _look(self) -> None:
         now_s, free_bytes, own = time.monotonic(), self._device.memory().free_bytes, self._leaving.own_pids()
-        holders = [(pid, nbytes) for pid, nbytes in self._device.holders() if pid not in own]
+        listed, me = self._device.holders(), identity_of(os.getpid())
+        self._families = {pid: self._families.get(pid) or family_of(pid) for pid, _ in listed}
+        # Also without a worker process that begins to load.
+        holders = [(pid, nbytes) for pid, nbytes in listed if pid not in own and me not in self._families[pid]]
         # In a container the driver may name processes by the host's numbers: then this process may be one of them.
         held = {pid: nbytes for pid, nbytes in holders if nbytes is not None and psutil.pid_exists(pid)}
-        self._parents = {pid: self._parents.get(pid) or with_parents(pid) for pid in held}
-
         own_bytes, here = self._room.own_bytes(), self._here(now_s)
 
         def act(tickets: Tickets) -> tuple[Tickets, Tickets]:
             tickets = self._without_mine(tickets)
-            peers = {ticket.pid for ticket in alive(tickets, now_s) if not ticket.is_strangers}
-            others = {pid: nbytes for pid, nbytes in held.items() if not self._parents[pid] & peers}
+            peers = {(ticket.pid, ticket.started) for ticket in alive(tickets, now_s) if not ticket.is_strangers}
+            others = {pid: nbytes for pid, nbytes in held.items() if not self._families[pid] & peers}
             asked = {ticket.key for ticket in self._strangers.asking.values()}
             if self.headroom_bytes and free_bytes is not None:
                 self._strangers.look(others, free_bytes, now_s)
@@ -191,7 +195,8 @@ class SharedCard:
 
         tickets = self._room.change(act) or ()
         if free_bytes is not None:
-            self._yield(tickets, free_bytes, bool(holders), now_s)
+            # A driver that lists no process, although this one is there, does not tell (WSL2, some containers).
+            self._yield(tickets, free_bytes, bool(holders) or not listed, now_s)
 
     def _yield(self, tickets: Tickets, free_bytes: int, has_others: bool, now_s: float) -> None:
         """Leaves for the first in the queue and, if idle and not alone, while less than the headroom is free."""
@@ -212,7 +217,7 @@ class SharedCard:
         freed, _ = self._leaving.leave(nbytes, ticket.arrived_s if ticket else None)
         if not freed:
             return
-        name, pid = (name_of(ticket.pid), ticket.pid) if ticket else ("", None)
+        name, pid = (name_of(ticket.pid, ticket.started), ticket.pid) if ticket else ("", None)
         if ticket is None or ticket.is_strangers:
             self.last_yield = Yield(time.monotonic(), pid, name, sum(freed.values()), tuple(freed))
             self.yields += 1

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 import psutil
 
@@ -12,26 +15,62 @@ from ..status_types import HoldingProcess
 from ..units import readable_bytes
 
 
-def name_of(pid: int) -> str:
-    """Returns the name of a process; ``?`` if it cannot be read, as for one in another container."""
+def name_of(pid: int, started: int = 0) -> str:
+    """Returns the name of a process; ``?`` if it cannot be read, or is not the one that began at ``started`` (0: any).
+
+    As of one in another container, whose pid may be that of another process here.
+    """
     try:
+        if started not in (0, _started(pid)):
+            return "?"
         return psutil.Process(pid).name()
     except (psutil.Error, OSError):
         return "?"
 
 
-def with_parents(pid: int) -> frozenset[int]:
-    """Returns a process and its parents, without process 1; it alone if they cannot be read."""
+Identity = tuple[int, int]
+"""A process for processes in other containers: its pid as it sees it, and its start in ticks since that of the system.
+
+The start is 0 where unknown, as on other systems than Linux.
+"""
+
+
+def identity_of(pid: int) -> Identity:
+    """Returns the identity of a process of this container, which sees the same pid."""
+    return pid, _started(pid)
+
+
+def family_of(pid: int) -> frozenset[Identity]:
+    """Returns the identities of a process and its parents without process 1, in each container to which they belong."""
     try:
-        return frozenset((pid, *(parent.pid for parent in psutil.Process(pid).parents() if parent.pid != 1)))
+        chain = [pid, *(parent.pid for parent in psutil.Process(pid).parents() if parent.pid != 1)]
     except (psutil.Error, OSError):
-        return frozenset((pid,))
+        chain = [pid]
+    return frozenset((number, _started(each)) for each in chain for number in _numbers(each))
+
+
+def _started(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
+    return 0
+
+
+def _numbers(pid: int) -> list[int]:
+    """Returns the pids of a process: here, and in the containers in which it runs."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("NSpid:"):
+                return [int(number) for number in line.split()[1:]]
+    return [pid]
 
 
 def other_processes(device: Device, own_pids: Collection[int]) -> list[HoldingProcess]:
-    """Returns the processes that hold memory of a device, without ``own_pids``."""
+    """Returns the processes that hold memory of a device, without ``own_pids`` and descendants of this process."""
+    me = identity_of(os.getpid())
     return [
-        {"pid": pid, "name": name_of(pid), "bytes": nbytes} for pid, nbytes in device.holders() if pid not in own_pids
+        {"pid": pid, "name": name_of(pid), "bytes": nbytes}
+        for pid, nbytes in device.holders()
+        if pid not in own_pids and me not in family_of(pid)
     ]
 
 

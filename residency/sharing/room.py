@@ -18,7 +18,7 @@ from ..contracts import Device
 from ..sentences import Sentence
 from .asking import Asking
 from .board import Board, BoardBusy, PrivateBoard
-from .processes import other_processes, shortage
+from .processes import identity_of, other_processes, shortage
 from .tickets import STALE_AFTER_S, Ticket, Tickets, alive, claimed_bytes, enter, leave, step, waiting
 
 T = TypeVar("T")
@@ -92,7 +92,8 @@ class Room:
         """See `residency.arrivals.CardShare`."""
         now_s = time.monotonic()
         asked_s = now_s if arrival.asked_s is None else arrival.asked_s
-        first = Ticket(uuid.uuid4().hex, arrival.model, os.getpid(), asked_s, 0, now_s)
+        pid, started = identity_of(os.getpid())
+        first = Ticket(uuid.uuid4().hex, arrival.model, pid, asked_s, 0, now_s, started=started)
 
         def claim(needed_bytes: int) -> None:
             ticket = replace(first, wanted_bytes=needed_bytes)

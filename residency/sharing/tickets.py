@@ -30,6 +30,7 @@ class Ticket:
 
     ``wanted_bytes``: 0 if unknown, before a first load. ``claimed``: the bytes are granted, and the move runs.
     ``card_bytes``: on the card at the heartbeat: the part of a claim that has arrived, or what an idle model gives up.
+    ``pid``, ``started``: the process, see `processes.Identity`.
     """
 
     key: str
@@ -40,6 +41,7 @@ class Ticket:
     beat_s: float
     claimed: bool = False
     card_bytes: int = 0
+    started: int = 0
 
     @property
     def marks_presence(self) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -86,6 +88,21 @@ class TestItIsIncomplete:
             app.wait_for_line("at the gate: second")
             BREAKS[happens](app, gates)
             assert not rest(line).endswith(b"0\r\n\r\n")
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_it_is_logged_in_one_line(app: RunningApp, gates: Path, version: str) -> None:
+    line = begin(app.port, version)
+    app.wait_for_line("at the gate: second")
+    app.forget_log()
+    open_gate(gates, "second")
+    with suppress(ConnectionResetError):
+        rest(line)
+    app.wait_for_line("broke off")
+    assert app.get("/healthz")[0] == 200
+    said = [each for each in app.log.splitlines() if each.strip() and "residency.moves" not in each]
+    assert len(said) == 1, app.log
+    assert re.search(r"/v1/audio/speech broke off after \d+ bytes: RuntimeError: broken$", said[0])
 
 
 def test_who_stops_reading_without_chunks_sees_a_reset(app: RunningApp) -> None:

@@ -205,6 +205,13 @@ class TestNames:
         answer = ask(app.port, "/gpu/release", "Authorization: Bearer t", method="POST", host="evil.example")
         assert answer.status == 200
 
+    def test_the_token_is_guessed_no_faster_with_unknown_names(self, tmp_path: Path) -> None:
+        with ForkedApp(tmp_path, *ARGUMENTS, "--control-token", "t") as app:
+            for number in range(6):
+                guess = f"Authorization: Bearer guess {number}"
+                assert ask(app.port, "/gpu/status", guess, host="evil.example").status == 403
+            assert ask(app.port, "/gpu/status", "Authorization: Bearer t", host="evil.example").status == 403
+
     def test_an_allowed_one_is_not_this_machine(self, app: RunningApp) -> None:
         for host, status in (("speech.example.org", 401), ("localhost", 200)):
             assert ask(app.port, "/gpu/release", method="POST", host=host).status == status

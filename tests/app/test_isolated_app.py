@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 import soundfile
@@ -64,6 +66,18 @@ def test_a_worker_that_is_killed_while_it_speaks_ends_its_request_only(app: Runn
     (pid,) = workers(app)
     assert pid != killed
     assert app.model()["last_error"] is None
+
+
+def test_the_speech_api_says_that_a_killed_worker_is_replaced(app: RunningApp) -> None:
+    body = {"input": "This is a sentence of a very long story " * 100, "voice": "high"}
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(httpx.post, f"{app.url}/v1/audio/speech", json=body, timeout=60)
+        assert wait_until(lambda: app.model()["state"] == "gpu" and app.model()["leases"] == 1)
+        os.kill(app.model()["worker"]["pid"], signal.SIGKILL)
+        refused = asked.result(60)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "worker_ended")
+    assert int(refused.headers["retry-after"]) >= 1
+    assert httpx.post(f"{app.url}/v1/audio/speech", json={**body, "input": "Hi."}, timeout=60).status_code == 200
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 import json
 import socket
@@ -16,6 +17,8 @@ import soundfile
 from app_process import ForkedApp, RunningApp, wait_until
 from gated_engine import close_gate, open_gate
 from raw_http import ask
+
+from residency.web.speech.sample_voices import FOLDER, VOICES
 
 KEY = "a-key-of-the-app"
 
@@ -97,6 +100,32 @@ class TestOpenAisClient:
         assert tuple(answered) == conversation
         assert lengths[conversation[1]] < lengths[conversation[2]]
 
+    @pytest.mark.parametrize("brings_recording", [False, True], ids=["named voice", "own recording"])
+    def test_so_are_three_that_are_sent_at_once(self, app: RunningApp, brings_recording: bool) -> None:
+        """The first has a long text, or a recording of one megabyte; the others are checked sooner."""
+        recording = io.BytesIO()
+        spoken, sample_rate = soundfile.read(FOLDER / VOICES["high"].file)
+        soundfile.write(recording, spoken, sample_rate, "DOUBLE", format="wav")
+        own = {"ref_audio": base64.b64encode(recording.getvalue()).decode(), "ref_text": VOICES["high"].says}
+        answered: list[int] = []
+
+        async def say(client: openai.AsyncOpenAI, number: int, text: str, own: dict[str, str]) -> None:
+            asked = client.audio.speech.with_streaming_response.create(
+                model="tts-1", voice="high", input=text, response_format="pcm", extra_body=own
+            )
+            async with asked as spoken:
+                answered.append(number)
+                assert await spoken.read()
+
+        async def converse() -> None:
+            async with openai.AsyncOpenAI(base_url=f"{app.url}/v1", api_key=KEY, max_retries=0) as client:
+                await client.models.list()  # the first request of a client begins in another thread
+                first = say(client, 0, "Yes, of course I do. " * 8, own if brings_recording else {})
+                await asyncio.gather(first, say(client, 1, "No.", {}), say(client, 2, "Well, let me think.", {}))
+
+        asyncio.run(converse())
+        assert answered == [0, 1, 2]
+
     def test_events_and_voices(self, client: openai.OpenAI) -> None:
         with client.audio.speech.with_streaming_response.create(
             model="tts-1", voice="high", input="Good morning.", stream_format="sse"
@@ -112,8 +141,9 @@ class TestOpenAisClient:
         assert wrong_voice.value.param == "voice"
         with pytest.raises(openai.NotFoundError):
             client.audio.speech.create(model="gpt-9", voice="high", input="Hi")
-        with pytest.raises(openai.BadRequestError, match="English"):
-            client.audio.speech.create(model="tts-1", voice="high", input="Доброе утро")
+        for text in ("Доброе утро", "Guten Tag, wie geht es Ihnen heute? Ich freue mich sehr."):
+            with pytest.raises(openai.BadRequestError, match="English"):
+                client.audio.speech.create(model="tts-1", voice="high", input=text)
         with pytest.raises(openai.AuthenticationError), openai.OpenAI(base_url=f"{app.url}/v1", api_key="x") as other:
             other.models.list()
 
@@ -123,6 +153,13 @@ class TestOpenAisClient:
     def test_nothing_is_left(self, app: RunningApp, client: openai.OpenAI) -> None:
         client.audio.speech.create(model="tts-1", voice="high", input="Good morning.")
         assert left(app) == []
+
+
+@pytest.mark.parametrize("path", ["/v1/audio/voices/a%00b", "/v1/audio/speech%00"])
+def test_a_null_byte_in_a_path(app: RunningApp, path: str) -> None:
+    refused = ask(app.port, path, f"Authorization: Bearer {KEY}", method="DELETE")
+    assert refused.status == 404
+    assert set(json.loads(refused.text)["error"]) == {"message", "type", "param", "code"}
 
 
 class TestOtherSites:
@@ -147,6 +184,8 @@ class TestOtherSites:
         refused = ask(app.port, "/v1/audio/speech", f"Origin: {origin}", *self.JSON, method="POST", body=b"{}")
         assert refused.status == 403
         assert "message" in json.loads(refused.text)["error"], "in the interface's shape"
+        declared = app.get("/openapi.json")[1]["paths"]["/v1/audio/speech"]["post"]["responses"]["403"]["content"]
+        assert set(declared) == {refused.headers["content-type"]}
         assert "access-control-allow-origin" not in refused.headers
 
     def test_the_named_site_may_call_nothing_else(self, app: RunningApp) -> None:

@@ -131,6 +131,17 @@ def test_of_a_divided_gpu_the_first_instance_is_taken(visible, expected, torch_v
     assert find_device().name == f"NVIDIA {expected}"
 
 
+@pytest.mark.parametrize(("visible", "uuid"), [("0", "GPU-8f2a1111"), ("1", "MIG-aaaa1"), ("MIG-aab", "MIG-aabb2")])
+def test_each_gpu_or_instance_has_a_queue_of_its_own(visible, uuid, torch_version, system, monkeypatch) -> None:
+    """Processes that share it find each other by this name."""
+    FakeNvml(monkeypatch, []).divided = True
+    torch_version("2.13.0+cu130")
+    system([], visible)
+    device = CudaDevice.find()
+    assert device is not None
+    assert device.identity == uuid
+
+
 def test_a_gpu_is_used_without_nvml_and_that_is_said(torch_version, system, monkeypatch, caplog) -> None:
     FakeNvml(monkeypatch, [])
     monkeypatch.setattr(pynvml, "nvmlInit", no_library)

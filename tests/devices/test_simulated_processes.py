@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +19,9 @@ from fakes import Worker
 from gpu_manager import DeviceOutOfMemory, GPUResourceManager, SimulatedDevice
 from residency.contracts import Memory
 from residency.devices import ledger
+from residency.devices.named_cards import path_of
+
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs memfd and /proc")
 
@@ -216,6 +223,79 @@ def test_pickled_to_a_forked_child_it_is_the_same_card_there(card: SimulatedDevi
     card.charge(600)
     child.ask("device.charge(400)")
     assert card.ledger_bytes == child.ask("device.ledger_bytes") == 1000
+
+
+# -- cards with a name ---------------------------------------------------------------------------------------------
+
+
+NAMED = """
+import os, signal, sys
+from gpu_manager import SimulatedDevice
+SimulatedDevice(1000, shared=sys.argv[1]).charge(600)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture
+def name() -> str:
+    return f"test-{os.getpid()}-{time.monotonic_ns()}"
+
+
+def test_a_forked_child_that_opens_a_card_by_its_name_uses_that_card(name: str) -> None:
+    card = SimulatedDevice(1000, shared=name)
+    card.charge(600)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            again = SimulatedDevice(1000, shared=name)
+            again.charge(300)
+            seen = [
+                card.ledger_bytes,
+                again.memory().free_bytes,
+                again.held_by() == {os.getppid(): 600, os.getpid(): 300},
+            ]
+            os.write(write, repr(seen).encode())
+            signal.pause()
+        finally:
+            os._exit(0)
+    try:
+        assert os.read(read, 100).decode() == "[600, 100, True]"
+        assert card.held_by() == {os.getpid(): 600, child: 300}
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(read)
+        os.close(write)
+    assert card.held_by() == {os.getpid(): 600}
+
+
+def test_the_file_of_a_card_whose_processes_were_killed_is_removed_by_the_next_one(name: str) -> None:
+    used = SimulatedDevice(1000, shared=f"{name}-used")
+    used.report_outside(1 << 40, 10)  # no process that runs
+    subprocess.run([sys.executable, "-c", NAMED, name], cwd=ROOT, check=False)
+    assert path_of(name).exists()
+    SimulatedDevice(1000, shared=f"{name}-next")
+    assert not path_of(name).exists()
+    assert path_of(f"{name}-used").exists()
+    subprocess.run([sys.executable, "-c", NAMED, name], cwd=ROOT, check=False)
+    assert SimulatedDevice(500, shared=name).memory() == Memory(500, 500, 0), "also with another size"
+
+
+def test_a_file_that_another_process_begins_is_not_removed(name: str) -> None:
+    """It is locked until its first process is in it."""
+    path_of(name).touch()
+    begin = "import fcntl, sys; f = open(sys.argv[1], 'r+'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", begin, str(path_of(name))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        SimulatedDevice(1000, shared=f"{name}-next")
+        assert path_of(name).exists()
+        other.communicate("\n")
+    SimulatedDevice(1000, shared=f"{name}-last")
+    assert not path_of(name).exists()
 
 
 # -- contexts ---------------------------------------------------------------------------------------------------

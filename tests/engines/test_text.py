@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
 from residency.engines import text
@@ -66,3 +70,49 @@ def test_step_audio_refuses_scripts_of_which_it_speaks_no_language(said: str, wo
         text.spoken_by_step_audio(said)
     assert all(name in refused.value.en for name in ("Chinese", "English", "[Japanese]", "[Korean]"))
     assert all(name in refused.value.zh for name in ("中文", "英语", "日语", "韩语"))
+
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKS = [text.english, text.spoken_by_step_audio]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize(
+    "said",
+    ["Guten Tag, wie geht es Ihnen heute? Ich freue mich sehr.", "Bonjour, je m'appelle Marie et j'habite à Paris.",
+     "Hola, me llamo Juan y vivo en la ciudad de Madrid.", "Xin chào, tôi tên là Nam và tôi sống ở Hà Nội.",
+     "Ciao, mi chiamo Marco e abito a Roma con la mia famiglia.", "Merhaba, benim adım Ahmet ve İstanbul'da yaşıyorum.",
+     "Witam, nazywam się Piotr i mieszkam w Warszawie.", "[Laughter] Das ist ein kurzer Satz auf Deutsch."],
+)  # fmt: skip
+def test_other_languages_in_latin_letters_are_refused(check: Callable[[str], object], said: str) -> None:
+    with pytest.raises(InvalidInput, match=re.sub(r"\[.*\] ", "", said)[:20]):
+        check(said)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize(
+    "said",
+    ["Guten Tag, wie geht's?", "OK OK OK OK OK OK OK OK", "La la la la la la la la", "Ha ha ha ha ha ha ha",
+     "Johann Sebastian Bach, Ludwig van Beethoven, Wolfgang Amadeus Mozart, Franz Schubert, Johannes Brahms",
+     "Nguyen Van Anh, Tran Thi Mai, Le Hoang Nam, Pham Minh Duc, Hoang Thi Lan",
+     "u r gr8 c u l8r m8 lol brb omg thx np",
+     "Konnichiwa, watashi no namae wa Tanaka desu. Yoroshiku onegaishimasu.",
+     "Annyeonghaseyo, je ireumeun Kim Minsu imnida, mannaseo bangapseumnida.",
+     "Lorem ipsum dolor sit amet, consectetur adipiscing elit, sed do eiusmod tempor.",
+     "The Schadenfreude of the Zeitgeist and the Weltanschauung of Kindergarten",
+     "Deja vu, a la carte, en route, faux pas, café",
+     "Sein oder nicht sein, said Hamlet in the German translation of the play.", "[Sigh] no [Breathing] no no no no no",
+     "HELLO EVERYBODY, THIS IS A TEXT IN CAPITAL LETTERS ONLY",
+     "Mississippi, Tennessee, Minnesota, Wisconsin, Oklahoma, Ohio"],
+)  # fmt: skip
+def test_short_texts_and_doubtful_ones_pass(check: Callable[[str], object], said: str) -> None:
+    check(said)
+
+
+def test_no_sentence_of_the_guides_is_refused() -> None:
+    files = [*ROOT.glob("*.md"), *ROOT.glob("docs/*/*.md")]
+    prose = (re.sub("```.*?```|`[^`]*`", "", file.read_text(), flags=re.DOTALL) for file in files)
+    sentences = [part for each in prose for part in re.split(r"(?<=[.!?;:。！？；：])\s*|\s*\|\s*|\n\s*\n", each)]
+    assert len(sentences) > 5000
+    for sentence in sentences:
+        text.spoken_by_step_audio(sentence)

@@ -32,7 +32,7 @@ EXTRAS = {"app", "builtin", "checkpoint", "asr", "step-audio", "ray", "all"}
 MODULES = {
     "numpy", "gradio", "starlette", "fastapi", "fastapi_offline", "prometheus_client", "soundfile", "av", "soxr",
     "sentencex", "fsspec", "scipy", "socksio", "hibari", "pyworld", "silero_vad", "onnxruntime", "transformers",
-    "packaging",
+    "packaging", "py3langid",
 }  # fmt: skip
 
 

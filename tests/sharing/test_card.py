@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sqlite3
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,11 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from card_use import Weights, looks, until, use
+from fakes import comes_to
 from shared_card import MB, OnCard, service
 
 from gpu_manager import GPUResourceManager, RequestTimeout, Sharing, SimulatedDevice, State
+from residency.clock import ManualClock
+from residency.devices.named_cards import path_of
+from residency.scheduling.leaving import LONGEST_STAY_S
 from residency.sharing.board import Board
+from residency.sharing.tickets import PRESENCE, Ticket
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs a card shared by processes (Linux)")
 
@@ -50,23 +54,6 @@ def manager(card: str, tmp_path: Path) -> Iterator[GPUResourceManager]:
     with GPUResourceManager(SimulatedDevice(CAPACITY, shared=card), keep_warm=600, sharing=sharing) as manager:
         manager.register("tts", lambda: Weights(60 * MB))
         yield manager
-
-
-class Weights:
-    def __init__(self, nbytes: int) -> None:
-        self.weights = torch.arange(nbytes, dtype=torch.uint8)
-
-
-def use(manager: GPUResourceManager, name: str = "tts") -> None:
-    with manager.lease(name):
-        pass
-
-
-def until(condition: Callable[[], object]) -> None:
-    end_s = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end_s
-        os.sched_yield()
 
 
 class Queue(Board):
@@ -160,6 +147,7 @@ def test_a_first_load_that_finds_the_card_full_waits(
     use(manager, "asr")
 
 
+@pytest.mark.in_process("its loader has locks of this process")
 def test_a_first_load_is_tried_again_as_long_as_others_hold_a_part_of_the_card(
     manager: GPUResourceManager, start: Callable[..., OnCard]
 ) -> None:
@@ -223,6 +211,40 @@ def test_nobody_is_left_for_without_headroom(card: str, start: Callable[..., OnC
         assert manager.status()["sharing"] is None
 
 
+@pytest.mark.parametrize(("load_s", "stays_s"), [(8.0, 8.0), (100.0, LONGEST_STAY_S)])
+@pytest.mark.parametrize("ours", [False, True], ids=["a stranger", "a process of this project"])
+def test_a_model_that_has_just_come_stays_as_long_as_its_move_took(
+    load_s: float, stays_s: float, ours: bool, start: Callable[..., OnCard], card: str, tmp_path: Path
+) -> None:
+    clock = ManualClock()
+    sharing = Sharing(headroom_bytes=10 * MB, folder=tmp_path)
+
+    def load() -> Weights:
+        clock.advance(load_s)
+        return Weights(60 * MB)
+
+    device = SimulatedDevice(CAPACITY, shared=card)
+    with GPUResourceManager(
+        device, keep_warm=600, sharing=sharing, clock=clock, isolation="none"
+    ) as manager:  # fmt: skip
+        manager.register("tts", load)
+        other = start()
+        use(manager)
+        until(lambda: watched(tmp_path, card))
+        if ours:
+            other.send("take")
+            until(lambda: Queue(tmp_path, card).moves())
+        else:
+            assert other.do("grow", 35 * MB)
+        for pause_s in (0.0, stays_s - 0.1):
+            clock.advance(pause_s)
+            looks(Queue(tmp_path, card), 3)
+            assert manager.status()["models"]["tts"]["state"] == "gpu", "its minimum stay has not ended"
+        clock.advance(0.2)
+        assert comes_to(manager, clock, State.HOST)
+        assert not ours or other.answer() == 255
+
+
 # -- processes of this project ----------------------------------------------------------------------------------------
 
 
@@ -238,6 +260,7 @@ def test_an_idle_model_leaves_for_a_request_of_another_process(
     assert other.state() == "cpu"
 
 
+@pytest.mark.in_process("its loader has locks of this process")
 def test_bytes_of_a_move_that_are_on_the_card_are_not_kept_free_a_second_time(
     manager: GPUResourceManager, start: Callable[..., OnCard]
 ) -> None:
@@ -294,6 +317,20 @@ def test_requests_are_served_in_order_of_arrival_across_processes(
     assert board.moves() == []
 
 
+def test_processes_of_two_containers_may_have_the_same_number(
+    manager: GPUResourceManager, card: str, tmp_path: Path
+) -> None:
+    now_s = time.monotonic()
+    keys = (f"{PRESENCE}{'a' * 32}", f"{PRESENCE}{'b' * 32}", f"{PRESENCE}{'b' * 32}-tts")  # the last: an idle model
+    there = tuple(Ticket(key, "", os.getpid(), now_s, 0, now_s, True) for key in keys)
+    Queue(tmp_path, card).change(lambda tickets: ((*tickets, *there), None))
+    use(manager)
+    until(lambda: watched(tmp_path, card))
+    status = manager.status()["sharing"]
+    assert status is not None
+    assert status["peers"] == [os.getpid()] * 2
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_a_process_that_has_ended_or_stands_still_blocks_nobody(
     number: signal.Signals, manager: GPUResourceManager, start: Callable[..., OnCard], card: str, tmp_path: Path
@@ -336,7 +373,7 @@ def test_without_the_queue_requests_are_served_all_the_same(
 
 
 def test_a_simulated_card_with_a_name_ends_with_its_last_process(card: str, start: Callable[..., OnCard]) -> None:
-    path = Path(tempfile.gettempdir(), f"simulated-card-{os.getuid()}-{card}")
+    path = path_of(card)
     first, second = start(), start()
     first.do("grow", MB)
     second.do("grow", MB)

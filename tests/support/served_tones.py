@@ -72,11 +72,12 @@ class Served:
         self.voices = VoiceStore(folder / "voices")
         permissions = Permissions("t0ken")
         self.keys = ApiKeys(keys, permissions)
-        calls = SpeechCalls(
+        self.slots = Slots(most)
+        self.calls = SpeechCalls(
             self.service, Speaker(self.service, self.voices), self.recordings, self.keys, "tones",
-            Slots(most), (self.queue or self.manager).watching, keep_alive_seconds,
+            self.slots, (self.queue or self.manager).watching, keep_alive_seconds,
         )  # fmt: skip
-        self.app = build(self.manager if managed else None, permissions, speech=calls)
+        self.app = build(self.manager if managed else None, permissions, speech=self.calls)
 
     @staticmethod
     def _check(text: str) -> None:

@@ -21,6 +21,7 @@ from gpu_manager import GPUResourceManager, RequestTimeout, Sharing, SimulatedDe
 
 options = json.loads(sys.argv[1])
 card = SimulatedDevice(options["capacity"], shared=options["card"])
+card.identity = options["identity"] or card.identity
 
 class Engine:
     def __init__(self):
@@ -87,15 +88,31 @@ class OnCard:
         return str(self.do("status")["models"]["tts"]["state"])
 
 
+CONTAINER = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc")
+"""Runs a program with pids of its own, as in a container."""
+
+
 @contextmanager
 def service(
-    card: str, capacity: int, nbytes: int = 40 * MB, keep_warm: float = 600, **sharing: object
+    card: str | None,
+    capacity: int,
+    nbytes: int = 40 * MB,
+    keep_warm: float = 600,
+    identity: str | None = None,
+    contained: bool = False,
+    **sharing: object,
 ) -> Iterator[OnCard]:
-    """Starts a program of this project on the card ``card``, with one model of ``nbytes``."""
-    options = {"card": card, "capacity": capacity, "bytes": nbytes, "keep_warm": keep_warm, "sharing": sharing}
+    """Starts a program of this project on the card ``card``, with one model of ``nbytes``.
+
+    ``identity``: of the card, if another one than a simulated card has. ``contained``: in a container, where it cannot
+    use a card with a name.
+    """
+    options = {"card": card, "capacity": capacity, "bytes": nbytes, "keep_warm": keep_warm, "sharing": sharing,
+               "identity": identity}  # fmt: skip
+    program = [*(CONTAINER if contained else ()), sys.executable, "-c", _SERVICE, json.dumps(options)]
     # Started by a shell that ends: it is no child of the test, whose own children are not others on the card.
     process = subprocess.Popen(
-        ["sh", "-c", 'exec 3<&0; "$@" <&3 3<&- & echo $!', "sh", sys.executable, "-c", _SERVICE, json.dumps(options)],
+        ["sh", "-c", 'exec 3<&0; "$@" <&3 3<&- & echo $!', "sh", *program],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     one = OnCard(process)

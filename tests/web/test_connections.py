@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 import socket
@@ -186,9 +187,14 @@ class TestListener:
         with pytest.raises(BlockingIOError):
             door.accept()
         answer = b"".join(iter(lambda: late.recv(1000), b"")).decode()
-        assert answer.startswith("HTTP/1.1 503 ")
-        assert "try again" in answer
-        assert "重试" in answer
+        head, _, body = answer.partition("\r\n\r\n")
+        assert head.startswith("HTTP/1.1 503 ")
+        assert {"content-type: application/json", "retry-after: 60"} <= set(head.lower().split("\r\n"))
+        said = json.loads(body)["error"]
+        assert (said["type"], said["param"], said["code"]) == ("server_error", None, "too_many_connections")
+        assert "try again" in said["message"]
+        assert " / " in said["message"]
+        assert "重试" in said["message"]
 
     def test_without_a_descriptor_connections_are_refused_and_not_left_waiting(
         self, door: Listener, until_done: ExitStack, caplog: pytest.LogCaptureFixture

@@ -15,7 +15,7 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from gpu_manager import DeviceLost, DeviceOutOfMemory, GPUResourceManager, State
-from residency.errors import InvalidInput
+from residency.errors import InvalidInput, WorkerEnded
 from residency.status_types import DeviceStatus, MemorySizes, ModelStatus, Status, UsageHistory
 from residency.web.api.control import build, route_to
 from residency.web.server.layers import beneath
@@ -184,6 +184,8 @@ def test_the_description_tells_all_calls_and_brings_its_own_files(manager: GPURe
         f"/gpu/{call}"
         for call in ("status", "history", "events", "offload", "release", "warm", "configure", "neighbors/ask")
     }
+    needed = {path for path, call in described.items() if call.get("post", {}).get("requestBody", {}).get("required")}
+    assert {path for path in needed if path.startswith("/gpu/")} == {"/gpu/neighbors/ask"}
     page = calls.get("/docs").text
     for file in re.findall(r"""(?:href|src)="([^"]+)""", page):
         assert file.startswith("/docs/"), "the page asks the internet for something"
@@ -315,6 +317,17 @@ def test_with_a_gpu_that_has_failed_for_good_it_is_alive_but_not_ready(
     assert (answer.status_code, "Restart the app" in answer.json()["error"]) == (503, True)
 
 
+def test_after_the_end_of_a_worker_process_one_may_try_again(
+    manager: GPUResourceManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(name: str | None) -> bool:
+        raise WorkerEnded("tts")
+
+    monkeypatch.setattr(manager, "release", ended)
+    answer = client(manager).post("/gpu/release")
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+
+
 class TestWhoMayChange:
     """Looking is free; changing takes being on this machine, or the token."""
 
@@ -325,6 +338,41 @@ class TestWhoMayChange:
         assert calls.post("/gpu/release", headers={"Authorization": "Bearer secret"}).status_code == 200
         assert calls.post("/gpu/release", headers={"X-Control-Token": "secret"}).status_code == 200
         assert calls.get("/gpu/status").status_code == 200
+
+    def test_guesses_of_the_token_are_limited_per_address(self, manager: GPUResourceManager) -> None:
+        calls = client(manager, ELSEWHERE, token="secret")
+
+        def status(token: str, call: str = "release") -> int:
+            answer = calls.post(f"/gpu/{call}", headers={"Authorization": f"Bearer {token}"})
+            if answer.status_code == 429:
+                assert 1 <= int(answer.headers["retry-after"]) <= 10
+                assert " / " in answer.json()["error"]
+            return int(answer.status_code)
+
+        assert [status(f"guess {number}") for number in range(6)] == [401] * 5 + [429]
+        assert status("secret") == 429, "else one could go on guessing"
+        assert status("guess", "warm") == 429
+        assert calls.post("/sleep", headers={"X-Control-Token": "guess"}).status_code == 429
+        assert calls.post("/gpu/release").status_code == 401, "without a token"
+        assert calls.get("/gpu/status", headers={"Authorization": "Bearer guess"}).status_code == 200
+
+    def test_a_token_that_was_used_before_is_not_locked_out(self, manager: GPUResourceManager) -> None:
+        calls = client(manager, ELSEWHERE, token="secret")
+        secret = {"Authorization": "Bearer secret"}
+        assert calls.post("/gpu/release", headers=secret).status_code == 200
+        for _ in range(7):
+            calls.post("/gpu/release", headers={"X-Control-Token": "guess"})
+        assert calls.post("/gpu/release", headers=secret).status_code == 200
+
+    def test_without_a_token_nothing_is_guessed(self, manager: GPUResourceManager) -> None:
+        calls = client(manager, ELSEWHERE)
+        codes = {calls.post("/gpu/release", headers={"Authorization": "Bearer x"}).status_code for _ in range(7)}
+        assert codes == {401}
+
+    def test_this_machine_is_not_counted(self, manager: GPUResourceManager) -> None:
+        calls = client(manager, token="secret")
+        codes = {calls.post("/gpu/release", headers={"Authorization": "Bearer x"}).status_code for _ in range(7)}
+        assert codes == {200}
 
     def test_without_a_token_others_cannot(self, manager: GPUResourceManager) -> None:
         calls = client(manager, ELSEWHERE)

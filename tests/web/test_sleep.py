@@ -145,6 +145,21 @@ def test_a_model_that_cannot_leave_is_an_error(
     assert (answer.status_code, "card" in answer.json()["error"]) == (500, True)
 
 
+@pytest.mark.parametrize(
+    "error", [DeviceOutOfMemory(10, 5, "card"), RuntimeError("CUDA error")], ids=["known", "other"]
+)
+def test_the_call_after_a_failed_one_is_answered(
+    error: Exception, router: httpx.Client, manager: GPUResourceManager, workshop: Workshop
+) -> None:
+    """Clients send it over the same connection unless they are told that it ends."""
+    for _ in range(20):
+        use(manager)
+        workshop.resident.fail_next["offload"] = error
+        assert router.post("/sleep").status_code == 500
+        assert router.post("/sleep").status_code == 200
+        assert sleeps(router)
+
+
 def test_a_model_that_cannot_leave_after_its_request_is_an_error(
     router: httpx.Client, manager: GPUResourceManager, workshop: Workshop
 ) -> None:

@@ -12,19 +12,25 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import numpy as np
+import openai
 import pytest
 import soundfile
 from app_process import wait_until
+from local_server import Served as Server
+from raw_http import begun
 from served_tones import Served
 from starlette.testclient import TestClient
 
-from residency.errors import InvalidInput
+from residency.errors import InvalidInput, RequestStopped, WorkerEnded
 from residency.sentences import Sentence
+from residency.web.api import streamed
 from tts_gpu_managed import ask
 
 pytestmark = pytest.mark.in_process("the tests' engine has gates, which a worker process does not have")
@@ -149,7 +155,7 @@ class TestSpeech:
             answer = served.client().post("/v1/audio/edits", data={"task": "vad"}, files={"file": file})
             waits = {name: served.manager.status()["models"][name]["last_wait"] for name in ("asr", "tts")}
         timing = answer.headers["server-timing"]
-        assert re.search(r'desc="asr: .*loading the model; tts: .*loading the model"', timing)
+        assert re.search(r'desc="asr: .*loading the model[^;]*; tts: .*loading the model.*"', timing)
         for name, key in (("wait", "waited_s"), ("queue", "queue_s"), ("load", "move_s")):
             found = re.search(rf"{name};dur=([0-9.]+)", timing)
             assert found is not None
@@ -167,6 +173,38 @@ class TestSpeech:
         assert served.manager.status()["models"]["tts"]["keep_warm_s"] == stays
         speech(served)
         assert served.manager.status()["models"]["tts"]["keep_warm_s"] == 0
+
+    def test_null_is_as_if_a_field_were_absent(self, served: Served) -> None:
+        optional = (
+            "model",
+            "response_format",
+            "speed",
+            "instructions",
+            "stream_format",
+            "keep_alive",
+            "ref_audio",
+            "ref_text",
+        )
+        body = {"input": "Hello.", "voice": "high", **dict.fromkeys(optional)}
+        answer = served.client().post("/v1/audio/speech", json=body)
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["content-type"] == "audio/mpeg"
+        described = served.client().get("/openapi.json").json()["paths"]["/v1/audio/speech"]["post"]["requestBody"]
+        fields = described["content"]["application/json"]["schema"]["properties"]
+        assert all({"type": "null"} in fields[name]["anyOf"] for name in optional)
+        assert "anyOf" not in fields["input"]
+        refused = served.client().post("/v1/audio/speech", json={**body, "input": None})
+        assert error(refused)["message"].startswith("input is missing")
+
+    def test_so_is_an_empty_field_of_a_form(self, served: Served, recording: str) -> None:
+        fields = {"input": "Hello.", **dict.fromkeys(("model", "response_format", "speed", "ref_text"), "")}
+        with open(recording, "rb") as file:
+            fields["ref_text"] = "my words"
+            answer = served.client().post("/v1/audio/speech", data=fields, files={"file": file})
+        assert answer.status_code == 200, answer.text
+        with open(recording, "rb") as file:
+            refused = served.client().post("/v1/audio/speech", data={**fields, "input": ""}, files={"file": file})
+        assert error(refused)["message"].startswith("input: The text is empty")
 
     def test_with_a_recording_of_its_own(self, served: Served, recording: str) -> None:
         audio = base64.b64encode(Path(recording).read_bytes()).decode()
@@ -265,6 +303,46 @@ class TestBadSpeech:
         served.tones.error = None
         assert speech(served).status_code == 200
 
+    @pytest.mark.parametrize(
+        ("cause", "status", "code"),
+        [(ValueError("broken"), 500, None), (InvalidInput("too long", "太长"), 400, None),
+         (OSError(errno.ENOSPC, "full"), 507, "disk_full"), (MemoryError("CUDA out of memory"), 503, "device_full"),
+         (WorkerEnded("tts"), 503, "worker_ended")],
+    )  # fmt: skip
+    def test_an_edit_that_fails_after_its_clone(
+        self, served: Served, cause: Exception, status: int, code: str | None, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        served.tones.error, served.tones.fails_at = cause, 2
+        refused = speech(served, input="One sentence is enough.", instructions="happy")
+        assert [name for name, *_ in served.tones.asked] == ["clone"] + ["edit"] * (2 if code == "device_full" else 1)
+        assert refused.status_code == status
+        found = error(refused)
+        assert (found["param"], found["code"]) == ("instructions", code)
+        assert "was spoken, but the edit emotion/happy" in found["message"]
+        assert "without instructions" in found["message"]
+        assert caplog.text.count("request failed") <= 1, "it is logged once"
+        assert served.left() == []
+        served.tones.error = None
+        assert speech(served, input="One sentence is enough.").status_code == 200
+
+    def test_sentences_before_a_failed_edit_stay(self, served: Served) -> None:
+        served.tones.error, served.tones.fails_at = ValueError("broken"), 4
+        answer = speech(served, instructions="happy", stream_format="sse", response_format="pcm")
+        events = [json.loads(line.removeprefix("data: ")) for line in answer.text.splitlines() if line]
+        assert [event["type"] for event in events] == ["speech.audio.delta", "error"]
+        assert "edit emotion/happy" in events[1]["error"]["message"]
+
+    def test_a_cancelled_edit_is_no_failed_one(self, served: Served) -> None:
+        served.tones.error, served.tones.fails_at = RequestStopped(), 2
+        assert error(speech(served, input="One.", instructions="happy"))["code"] == "cancelled"
+
+    def test_a_worker_process_that_has_ended(self, served: Served) -> None:
+        served.tones.error = WorkerEnded("tts")
+        refused = speech(served)
+        assert (refused.status_code, error(refused)["code"]) == (503, "worker_ended")
+        assert int(refused.headers["retry-after"]) >= 1
+        assert "anew" in error(refused)["message"]
+
     def test_a_voice_that_the_engine_cannot_take(self, served: Served) -> None:
         served.tones.error = InvalidInput("No speech was found", "没有检测到语音", "recording")
         refused = speech(served)
@@ -293,6 +371,22 @@ class TestBadSpeech:
                 assert refused.status_code == 500, "not 429: the place is free again"
                 error(refused)
 
+    def test_a_system_without_threads_takes_no_place_of_other_requests(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def cannot_start(*arguments: Any, **keywords: Any) -> None:
+            raise RuntimeError("can't start new thread")
+
+        served = Served(tmp_path, most=1)
+        with served.manager, monkeypatch.context() as without:
+            without.setattr(streamed, "to_thread", SimpleNamespace(run_sync=cannot_start))
+            for _ in range(2):
+                refused = speech(served)
+                assert refused.status_code == 500
+                assert "can't start new thread" in error(refused)["message"]
+            without.undo()
+            assert speech(served).status_code == 200
+
     @pytest.mark.parametrize("path", ["speech", "voices", "edits"])
     def test_json_of_very_many_values_is_not_parsed(self, served: Served, path: str) -> None:
         refused = served.client().post(f"/v1/audio/{path}", content=b'{"input": [' + b"[]," * 100_000 + b"[]]}")
@@ -307,6 +401,31 @@ class TestBadSpeech:
             assert speech(served, input="x " * 100).status_code == 507
             assert speech(served, input="Short enough.").status_code == 200
             assert served.recordings._reserved_bytes == 0
+
+    def test_a_slow_reader_reserves_what_its_answer_has(self, served: Served) -> None:
+        text = " ".join(["Ten letters here."] * 250)
+        reserved = served.recordings.reserved_until_known
+        estimates: list[float] = []
+        sizes: list[float] = []
+
+        @contextmanager
+        def seen(most_bytes: float) -> Iterator[Any]:
+            estimates.append(most_bytes)
+            with reserved(most_bytes) as known:
+                yield lambda size: (sizes.append(size), known(size))
+
+        served.recordings.reserved_until_known = seen  # type: ignore[method-assign]
+        server = Server(served.app)
+        try:
+            body = json.dumps({"input": text, "voice": "high", "response_format": "pcm"}).encode()
+            with begun(server.port, "/v1/audio/speech", body) as line:
+                assert line.recv(12) == b"HTTP/1.1 200"
+                assert wait_until(lambda: bool(sizes))
+                assert 0 < served.recordings._reserved_bytes == sizes[0] < estimates[0] / 2
+            assert wait_until(lambda: served.recordings._reserved_bytes == 0)
+        finally:
+            server.close()
+        assert served.left() == []
 
 
 def chinese(refused: Any) -> str:
@@ -418,6 +537,7 @@ class TestKeys:
             return int(answer.status_code)
 
         assert status("another") == 200
+        assert status("t0ken") == 200
         assert [status(f"guess {number}") for number in range(7)] == [401] * 5 + [429] * 2
         assert status("one-key") == 429, "else one could go on guessing"
         assert status("another") == 200, "its user is not locked out"
@@ -428,11 +548,33 @@ class TestKeys:
 
     def test_after_a_while_another_key_may_be_tried(self, keyed: Served) -> None:
         now_s = [1000.0]
-        keyed.keys._now = lambda: now_s[0]
+        keyed.keys._permissions.guesses._now = lambda: now_s[0]
         client = keyed.client(Authorization="Bearer guess")
         assert [client.get("/v1/models").status_code for _ in range(6)] == [401] * 5 + [429]
         now_s[0] += 10
         assert [client.get("/v1/models").status_code for _ in range(2)] == [401, 429]
+
+    def test_a_token_that_was_not_used_before_is_refused_like_a_key(self, keyed: Served) -> None:
+        def status(key: str) -> int:
+            return int(keyed.client(ELSEWHERE, Authorization=f"Bearer {key}").get("/v1/models").status_code)
+
+        assert [status(f"guess {number}") for number in range(5)] == [401] * 5
+        assert status("t0ken") == 429, "else one could go on guessing"
+
+    def test_wrong_tokens_are_counted_with_the_keys(self, keyed: Served) -> None:
+        guesses = [keyed.client(ELSEWHERE, Authorization=f"Bearer {number}") for number in range(6)]
+        assert [guess.post("/gpu/release").status_code for guess in guesses[:3]] == [401] * 3
+        assert [guess.get("/v1/models").status_code for guess in guesses[3:5]] == [401] * 2
+        for refused in (guesses[5].post("/gpu/release"), guesses[5].get("/v1/models")):
+            assert refused.status_code == 429
+            assert 1 <= int(refused.headers["retry-after"]) <= 10
+
+    def test_without_keys_tokens_are_guessed_no_faster_with_changes(self, served: Served) -> None:
+        client = served.client(ELSEWHERE, Authorization="Bearer none")
+        assert [client.delete("/v1/audio/voices/x").status_code for _ in range(6)] == [401] * 5 + [429]
+        assert speech(served, client).status_code == 200, "which needs no key"
+        token = served.client(ELSEWHERE, Authorization="Bearer t0ken")
+        assert token.delete("/v1/audio/voices/x").status_code == 429
 
     def test_without_keys_other_machines_may_speak_but_change_nothing(self, served: Served, recording: str) -> None:
         client = served.client(ELSEWHERE)
@@ -623,6 +765,37 @@ class TestTranscriptions:
             data = {"model": "whisper-1", **({"response_format": form} if form else {})}
             assert served.client().post("/v1/audio/transcriptions", data=data, files={"file": file}).text == answer
         assert served.left() == []
+
+    def test_empty_fields_are_as_if_absent(self, tmp_path: Path, recording: str) -> None:
+        served = Served(tmp_path, recognize=lambda path: "heard")
+        data = dict.fromkeys(("model", "language", "prompt", "response_format", "temperature", "stream"), "")
+        with served.manager, open(recording, "rb") as file:
+            answer = served.client().post("/v1/audio/transcriptions", data=data, files={"file": file})
+            assert answer.text == '{"text": "heard"}'
+
+    def test_openais_client_reads_a_stream(self, tmp_path: Path, recording: str) -> None:
+        served = Served(tmp_path, recognize=lambda path: "words that 听到")
+        server = Server(served.app)
+        try:
+            with openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none") as client:
+                ask: Any = client.audio.transcriptions.create
+                events = list(ask(model="gpt-4o-transcribe", file=Path(recording), language="en", stream=True))
+            assert [event.type for event in events] == ["transcript.text.delta", "transcript.text.done"]
+            assert events[0].delta == events[1].text == "words that 听到"
+            described = served.app.openapi()["paths"]["/v1/audio/transcriptions"]["post"]
+            assert "text/event-stream" in described["responses"]["200"]["content"]
+            fields = described["requestBody"]["content"]["multipart/form-data"]["schema"]["properties"]
+            assert fields["stream"]["type"] == "boolean"
+        finally:
+            server.close()
+            served.manager.close()
+
+    def test_a_stream_that_is_neither_true_nor_false(self, tmp_path: Path, recording: str) -> None:
+        served = Served(tmp_path, recognize=lambda path: "heard")
+        with served.manager, open(recording, "rb") as file:
+            refused = served.client().post("/v1/audio/transcriptions", data={"stream": "x"}, files={"file": file})
+        assert (refused.status_code, error(refused)["param"]) == (400, "stream")
+        assert "应为 true 或 false" in error(refused)["message"]
 
     def test_json_is_refused(self, served: Served) -> None:
         refused = served.client().post("/v1/audio/transcriptions", json={"file": "x"})

@@ -45,6 +45,7 @@ _WANTED = {
     "finite_number": "（应为有限的数）",
     "float_type": "（应为数字）",
     "float_parsing": "（应为数字）",
+    "bool_parsing": "（应为 true 或 false）",
 }
 """What Pydantic's messages say, in Chinese, by its type of error."""
 _ROOM_BYTES = 16 << 20
@@ -81,9 +82,12 @@ def _parsed(data: bytes) -> Any:
 
 
 def checked(kind: type[Body], values: Mapping[str, Any]) -> Body:
-    """Returns the model of a body; raises `BadRequest` for the first field that is missing or wrong."""
+    """Returns the model of a body; raises `BadRequest` for the first field that is missing or wrong.
+
+    Some clients send null for fields that are not set.
+    """
     try:
-        return kind.model_validate(values)
+        return kind.model_validate({name: value for name, value in values.items() if value is not None})
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else None
@@ -157,7 +161,12 @@ async def read_upload(request: Request, kind: type[Body], recordings: Recordings
         return body, await decoded(str(getattr(body, "audio", "")), "audio")
     with ExitStack() as held:
         form = await _read_form(request, recordings, held)
-        values: dict[str, Any] = {name: value for name, value in form.multi_items() if isinstance(value, str)}
+        optional = {name for name, about in kind.model_fields.items() if not about.is_required()}
+        values: dict[str, Any] = {
+            name: value
+            for name, value in form.multi_items()
+            if isinstance(value, str) and (value or name not in optional)  # forms have no null
+        }
         file = next((form[name] for name in _FILES if isinstance(form.get(name), UploadFile)), None)
         if not isinstance(file, UploadFile):
             raise BadRequest(

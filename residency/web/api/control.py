@@ -28,10 +28,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ... import errors, neighbor_errors
 from ...observability.events import Event
 from ...status_types import Status, UsageHistory
-from ..server.bodies import client_disconnected
+from ..server.bodies import BrokenOff, client_disconnected
 from ..server.cross_origin import refusal_body
 from ..server.layers import http_layer
 from ..server.permissions import Permissions
+from ..server.rate_limit import TooManyWrongKeys
 from ..shared.language import Localize, preferred
 from ..shared.protocols import Manager
 from .event_stream import EventStream, Moves
@@ -48,6 +49,7 @@ _Responses = dict[int | str, _Keywords]
 _LARGEST_BODY_BYTES = 10_000
 _FOLDERS = ("/gpu/", "/docs/", "/v1/")
 _CODES: dict[type[Exception], int] = {
+    TooManyWrongKeys: 429,
     errors.NotAllowed: 401,
     errors.UnknownModel: 404,
     errors.InvalidInput: 422,
@@ -55,6 +57,7 @@ _CODES: dict[type[Exception], int] = {
     neighbor_errors.NeighborRefused: 502,
     errors.ManagerClosed: 503,
     errors.DeviceLost: 503,
+    errors.WorkerEnded: 503,
     errors.NotReady: 503,
     errors.TooManyListeners: 503,
 }
@@ -65,9 +68,10 @@ _DESCRIPTIONS = {
     404: "No such model, or neighbor.",
     413: "The request body is too large.",
     422: "The request is invalid.",
+    429: "This address has sent too many wrong tokens or keys; `Retry-After` has the seconds to wait.",
     500: "The move failed; nothing is half-moved.",
     502: "The neighbor did not answer, or refused.",
-    503: "The app is shutting down, its GPU has failed, or too many programs listen.",
+    503: "The app is shutting down, its GPU or a worker process has failed, or too many programs listen.",
 }
 _NOT_JSON: _Keywords = {"response_class": Response, "response_model": None}
 _CHANGES: tuple[tuple[str, type[BaseModel], str], ...] = (
@@ -110,6 +114,7 @@ def build(
             HTTPException: _no_such_call,
             RequestValidationError: _invalid_query,
             ClientDisconnect: client_disconnected,
+            errors.ResidencyError: _failed,
             Exception: _failed,
             **dict.fromkeys(_CODES, _refused),
         },
@@ -149,16 +154,18 @@ class _Calls:
         add("/readyz", self.readyz, tags=["health"], responses=_refusals(503))
         for endpoint in (self.healthz, self.readyz):
             add(f"/{endpoint.__name__}", endpoint, methods=["HEAD"], include_in_schema=False)
-        add("/gpu/status", self.gpu_status, response_model=Status, responses=_refusals(401), **reading)
-        add("/gpu/history", self.gpu_history, response_model=UsageHistory, responses=_refusals(401), **reading)
-        add("/gpu/events", self.gpu_events, responses=_text("text/event-stream", 401, 503), **_NOT_JSON, **reading)
+        add("/gpu/status", self.gpu_status, response_model=Status, responses=_refusals(401, 429), **reading)
+        add("/gpu/history", self.gpu_history, response_model=UsageHistory, responses=_refusals(401, 429), **reading)
+        add("/gpu/events", self.gpu_events, responses=_text("text/event-stream", 401, 429, 503), **_NOT_JSON, **reading)
         if self.panel:
             add("/gpu/panel", self.gpu_panel, include_in_schema=False, **_NOT_JSON, **reading)
-        add("/metrics", self.prometheus, responses=_text("text/plain", 401), **_NOT_JSON, **reading)
+        add("/metrics", self.prometheus, responses=_text("text/plain", 401, 429), **_NOT_JSON, **reading)
         for call, body, description in _CHANGES:
             self.add_change(app, call, body, description)
         sleeping = SleepCalls(self.manager, self.may_change, self._change, partial(self._read, self.manager.status))
-        sleeping.add_to(app, {"responses": _refusals(400, 401, 500, 503)}, {"responses": _refusals(401), **reading})
+        sleeping.add_to(
+            app, {"responses": _refusals(400, 401, 429, 500, 503)}, {"responses": _refusals(401, 429), **reading}
+        )
 
     def may_read(self, request: Request) -> None:
         if self.signed_in:
@@ -233,9 +240,12 @@ class _Calls:
             tags=["changing"],
             description=description,
             response_model=Status,
-            responses={**follows, **_refusals(401, 404, 422, 500, *failed, 503), **_refused_early(413)},
+            responses={**follows, **_refusals(401, 404, 422, 429, 500, *failed, 503), **_refused_early(413)},
             openapi_extra={
-                "requestBody": {"content": {"application/json": {"schema": body.model_json_schema()}}},
+                "requestBody": {
+                    "required": bool(body.model_json_schema().get("required")),
+                    "content": {"application/json": {"schema": body.model_json_schema()}},
+                },
                 "security": [{"token": []}, {}],
             },
         )
@@ -297,7 +307,11 @@ async def _body(request: Request, kind: type[BaseModel]) -> Any:
 async def _refused(request: Request, error: Exception) -> JSONResponse:
     code = next(code for kind, code in _CODES.items() if isinstance(error, kind))
     more = {"known": list(error.known)} if isinstance(error, errors.UnknownModel) else {}
-    headers = {"WWW-Authenticate": "Bearer"} if code == 401 else None
+    headers = {"WWW-Authenticate": "Bearer"} if code == 401 else {}
+    if isinstance(error, TooManyWrongKeys):
+        headers = {"Retry-After": str(error.retry_s)}
+    if isinstance(error, errors.WorkerEnded):  # the next request starts a new one
+        headers = {"Retry-After": "1"}
     return JSONResponse({"error": str(error), **more}, code, headers)
 
 
@@ -318,9 +332,11 @@ async def _invalid_query(request: Request, error: Any) -> JSONResponse:
 
 
 async def _failed(request: Request, error: Exception) -> JSONResponse:
-    logger.error("A call over HTTP failed", exc_info=error)
+    if not isinstance(error, BrokenOff):
+        logger.error("A call over HTTP failed", exc_info=error)
     known = isinstance(error, errors.ResidencyError)
-    return JSONResponse({"error": str(error) if known else f"It failed: {error} / 操作失败：{error}"}, 500)
+    words = str(error) if known else f"It failed: {error} / 操作失败：{error}"
+    return JSONResponse({"error": words}, 500, None if known else {"Connection": "close"})  # the server closes it
 
 
 def _refusals(*codes: int) -> _Responses:

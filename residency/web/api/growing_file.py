@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 _PIECE_BYTES = 1 << 16
+Room = Callable[[], AbstractContextManager[Callable[[float], object]]]
+"""Reserves disk space; its value is called with the file's size, once that is known."""
 
 
 class GrowingFile:
@@ -20,12 +22,11 @@ class GrowingFile:
     are called by the thread, `close` by any thread after `end`, all else by the coroutine.
     """
 
-    def __init__(
-        self, folder: str | Path, room: Callable[[], AbstractContextManager[object]], loop: asyncio.AbstractEventLoop
-    ) -> None:
+    def __init__(self, folder: str | Path, room: Room, loop: asyncio.AbstractEventLoop) -> None:
         self._folder, self._room, self._loop = Path(folder), room, loop
         self._open = ExitStack()
         self._file: io.FileIO | None = None
+        self._size_is_known: Callable[[float], object] = lambda size: None
         self._news = asyncio.Event()
         self._size = self._read = 0
         self._ended = False
@@ -46,7 +47,7 @@ class GrowingFile:
         if not data:
             return
         if self._file is None:
-            self._open.enter_context(self._room())
+            self._size_is_known = self._open.enter_context(self._room())
             self._folder.mkdir(parents=True, exist_ok=True)
             file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115
             self._file = self._open.enter_context(file)
@@ -58,6 +59,7 @@ class GrowingFile:
 
     def end(self, error: Exception | None = None) -> None:
         """Ends the file; the coroutine gets ``error`` after the bytes before it."""
+        self._size_is_known(self._size)
         self._error = error
         self._ended = True
         self._notify()

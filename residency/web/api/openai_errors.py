@@ -11,10 +11,12 @@ from fastapi.responses import JSONResponse
 from ... import errors
 from ...observability.error_classification import is_out_of_device_memory, message_of
 from ...sentences import Sentence
-from ..server.api_keys import TooManyWrongKeys, WrongKey
+from ..server.api_keys import WrongKey
 from ..server.cross_origin import refusal_body
+from ..server.rate_limit import TooManyWrongKeys
 from ..speech.recordings import DISK_IS_FULL, DiskFull, OutOfDiskSpace
 from ..speech.service import ShuttingDown, explain
+from ..speech.speaking import SpeechEditFailed
 from ..speech.voices import UnknownVoice, VoiceExists, VoiceNotStored, VoicesFull
 
 PARAMETERS: Mapping[str, str] = {
@@ -100,13 +102,13 @@ class BodyTooLarge(errors.ResidencyError):
 _RETRY_S = 5
 _CODES: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (WrongKey, 401, "authentication_error", "invalid_api_key"),
+    (TooManyWrongKeys, 429, "rate_limit_error", "rate_limit_exceeded"),
     (errors.NotAllowed, 401, "authentication_error", "not_allowed"),
     (UnknownSpeechModel, 404, "invalid_request_error", "model_not_found"),
     (UnknownVoice, 400, "invalid_request_error", "voice_not_found"),
     (VoiceExists, 409, "invalid_request_error", "voice_exists"),
     (BodyTooLarge, 413, "invalid_request_error", None),
     (errors.InvalidInput, 400, "invalid_request_error", None),
-    (TooManyWrongKeys, 429, "rate_limit_error", "rate_limit_exceeded"),
     (TooManyRequests, 429, "rate_limit_error", "rate_limit_exceeded"),
     (errors.ModelBusy, 429, "rate_limit_error", "model_busy"),
     (VoiceNotStored, 507, "server_error", "disk_full"),
@@ -117,6 +119,7 @@ _CODES: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (errors.ManagerClosed, 503, "server_error", "shutting_down"),
     (ShuttingDown, 503, "server_error", "shutting_down"),
     (errors.DeviceLost, 503, "server_error", "device_lost"),
+    (errors.WorkerEnded, 503, "server_error", "worker_ended"),
     (errors.RequestCancelled, 503, "server_error", "cancelled"),
     (errors.RequestStopped, 503, "server_error", "cancelled"),
 )
@@ -127,17 +130,9 @@ def described(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Returns status, body and headers for an error. Logs it if the caller did not cause it."""
     if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
         error = OutOfDiskSpace()
-    found = next((row for row in _CODES if isinstance(error, row[0])), None)
-    if found:
-        _, status, kind, code = found
-        message = message_of(error)
-    else:
-        status, kind, code = 500, "server_error", None
-        if is_out_of_device_memory(error):
-            status, code = 503, "device_full"
-        elif 400 <= getattr(error, "status_code", 500) < 500:  # StepAudioTTS's own exception
-            status, kind = 400, "invalid_request_error"
-        message = explain(error, has_history=False)
+    status, kind, code = _code(error.error if isinstance(error, SpeechEditFailed) else error)
+    known = isinstance(error, errors.ResidencyError)
+    message = message_of(error) if known else explain(error, has_history=False)
     param = getattr(error, "param", None) or PARAMETERS.get(getattr(error, "field", None) or "")
     headers = {}
     if status == 401:
@@ -145,6 +140,17 @@ def described(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     if status in (429, 503):
         headers["Retry-After"] = str(getattr(error, "retry_s", _RETRY_S))
     return status, refusal_body(_naming_parameter(message, param) if param else message, kind, param, code), headers
+
+
+def _code(error: Exception) -> tuple[int, str, str | None]:
+    """Returns status, type and code of an error."""
+    if found := next((row for row in _CODES if isinstance(error, row[0])), None):
+        return found[1:]
+    if is_out_of_device_memory(error):
+        return 503, "server_error", "device_full"
+    if 400 <= getattr(error, "status_code", 500) < 500:  # StepAudioTTS's own exception
+        return 400, "invalid_request_error", None
+    return 500, "server_error", None
 
 
 def _naming_parameter(message: Sentence, param: str) -> str:

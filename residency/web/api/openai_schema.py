@@ -45,7 +45,8 @@ class Speech(BaseModel):
     instructions: str | None = Field(
         None,
         description="If it names one emotion, style or speed of the engine (`happy`, `whisper`, `faster`), each "
-        "sentence is edited accordingly; else it is ignored. The header `X-Edit` says which.",
+        "sentence is edited accordingly; else it is ignored. A denied name (`not happy`) does not count. The header "
+        "`X-Edit` says which.",
     )
     stream_format: Literal["audio", "sse"] = Field(
         "audio", description="`sse`: server-sent events with pieces of the audio in base64."
@@ -84,7 +85,10 @@ class Transcription(BaseModel):
 
     model_config = ConfigDict(title="Transcription")
     model: str | None = Field(None, description="A model of `GET /v1/models`, or OpenAI's name of one.")
-    response_format: str = Field("json", description="`json` or `text`.")
+    response_format: Annotated[str, WithJsonSchema({"type": "string", "enum": ["json", "text"]})] = Field(
+        "json", description="`json` or `text`: transcripts have no times."
+    )
+    stream: bool = Field(False, description="Send the transcript as server-sent events, once it is complete.")
 
 
 class SpeechModel(BaseModel):

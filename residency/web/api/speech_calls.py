@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +18,7 @@ from starlette.responses import Response
 from ...cancellation import current
 from ...errors import InvalidInput
 from ..server.api_keys import ApiKeys
+from ..server.rate_limit import network
 from ..speech.encoding import MEDIA_TYPES, Encoder
 from ..speech.recordings import Recordings
 from ..speech.service import SpeechService
@@ -25,7 +26,7 @@ from ..speech.speaking import Speaker, SpeechRequest, most_bytes
 from ..speech.voices import UnknownVoice, Voice, checked_name
 from .bodies import Upload, decoded, is_form, keep_forms_in, read_json, read_upload
 from .openai_errors import BadRequest, ChangeNotAllowed, UnknownSpeechModel, naming, refusal
-from .openai_route import OpenAiRoute, either_body, form_body, json_body, refusals
+from .openai_route import OpenAiRoute, either_body, form_body, json_body, refusals, streamed
 from .openai_schema import (
     DeletedVoice,
     Edit,
@@ -37,12 +38,16 @@ from .openai_schema import (
     Voices,
     VoiceSample,
 )
+from .server_timing import server_timing
 from .slots import Slots
-from .streamed import Streamed, Work, Write
+from .streamed import Streamed, Work, Write, event
+from .turns import Turn, Turns
 
 OF_OPENAI = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")
 """Names of OpenAI's models for speech, which many clients send by default: the engine speaks for them too."""
 OF_OPENAI_TRANSCRIBE = ("whisper-1", "gpt-4o-transcribe", "gpt-4o-mini-transcribe")
+_TRANSCRIPTS = {"json": "application/json", "text": "text/plain; charset=utf-8", "sse": "text/event-stream"}
+"""Media type of a transcript by its form."""
 _BLOCK_FRAMES = 1 << 16
 _OF_WORK = (413, 429, 500, 503, 507)
 """Status codes of calls that receive a body and use a model or the disk."""
@@ -54,6 +59,7 @@ class SpeechCalls:
 
     Attributes:
         model: name of the engine in ``GET /v1/models``.
+        others: further engines, by name.
         slots: limit of requests that wait or run.
         watching: calls a function with each lease that a request enters; see `GPUResourceManager.watching`.
         keep_alive: returns the seconds of a ``keep_alive``, which has an effect only with a manager.
@@ -67,7 +73,9 @@ class SpeechCalls:
     slots: Slots
     watching: Callable[[Callable[[Any], object]], AbstractContextManager[None]]
     keep_alive: Callable[[float | str], float]
+    others: Mapping[str, Speaker] = field(default_factory=dict)
     readers: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(4))
+    turns: Turns = field(default_factory=Turns)
 
     def __post_init__(self) -> None:
         self.threads = CapacityLimiter(self.slots.most)
@@ -79,19 +87,19 @@ class SpeechCalls:
         speaks: dict[str, Any] = {"tags": ["speech"], "route_class_override": OpenAiRoute}
         voices: dict[str, Any] = {"tags": ["voices"], "route_class_override": OpenAiRoute}
         add("/v1/models", self.models, response_model=SpeechModels, responses=refusals(401, 429), **speaks)
-        audio = {name: {"schema": {"type": "string", "format": "binary"}} for name in MEDIA_TYPES.values()}
+        stored = {"description": "The voice was stored.", **streamed()}
         spoken: dict[str, Any] = {"response_class": Response, "response_model": None, "methods": ["POST"], **speaks}
-        streamed: dict[str, Any] = {**audio, "text/event-stream": {}}
+        events = streamed(*MEDIA_TYPES.values(), "text/event-stream", headers=["X-Edit"])
         add("/v1/audio/speech", self.speech, openapi_extra=either_body(json_body(Speech), form_body(Speech)),
-            responses={200: {"content": streamed}, **refusals(400, 401, 404, *_OF_WORK)}, **spoken)  # fmt: skip
+            responses={200: events, **refusals(400, 401, 404, *_OF_WORK)}, **spoken)  # fmt: skip
         add("/v1/audio/edits", self.edits, openapi_extra=either_body(form_body(Edit), json_body(Edit)),
-            responses={200: {"content": audio}, **refusals(400, 401, *_OF_WORK)}, **spoken)  # fmt: skip
+            responses={200: streamed(*MEDIA_TYPES.values()), **refusals(400, 401, *_OF_WORK)}, **spoken)  # fmt: skip
         add("/v1/audio/transcriptions", self.transcriptions, response_model=Transcript, methods=["POST"],
-            responses=refusals(400, 401, 404, *_OF_WORK), openapi_extra=form_body(Transcription),
-            **speaks)  # fmt: skip
+            responses={200: streamed("text/plain", "text/event-stream"), **refusals(400, 401, 404, *_OF_WORK)},
+            openapi_extra=form_body(Transcription), **speaks)  # fmt: skip
         add("/v1/audio/voices", self.voices, response_model=Voices, responses=refusals(401, 429), **voices)
         add("/v1/audio/voices", self.add_voice, response_model=VoiceFacts, methods=["POST"], status_code=201,
-            response_description="The voice was stored.", responses=refusals(400, 401, 409, *_OF_WORK),
+            responses={201: stored, **refusals(400, 401, 409, *_OF_WORK)},
             openapi_extra=either_body(form_body(VoiceSample), json_body(VoiceSample)), **voices)  # fmt: skip
         name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
         unknown = ("There is no such voice.", UnknownVoice("Ada", ("high", "low")))
@@ -102,7 +110,7 @@ class SpeechCalls:
     async def models(self, request: Request) -> JSONResponse:
         """The engine, and the recognizer where there is one. OpenAI's names of such models are accepted too."""
         self.keys.check(request)
-        names = [self.model, *(OF_OPENAI_TRANSCRIBE[:1] if self.service.transcribes else ())]
+        names = [self.model, *self.others, *(OF_OPENAI_TRANSCRIBE[:1] if self.service.transcribes else ())]
         data = [{"id": name, "object": "model", "created": 0, "owned_by": "gpu-managed-tts"} for name in names]
         return JSONResponse({"object": "list", "data": data})
 
@@ -115,24 +123,27 @@ class SpeechCalls:
         self.keys.check(request)
         with ExitStack() as held:
             held.enter_context(self.slots.taken())
+            turn = held.enter_context(self.turns.taken(network(request)))
             body, upload = await self._read_speech(request, held)
-            self._check_model(body.model, (self.model, *OF_OPENAI))
+            turn.received()
+            self._check_model(body.model, (self.model, *self.others, *OF_OPENAI))
+            speaker = self.others.get(body.model or "", self.speaker)
             keep_warm_s = self._keep_warm(request, body.keep_alive)
-            edit = self.speaker.named_edit(body.instructions)
+            edit = speaker.named_edit(body.instructions)
             ask = partial(
-                self.speaker.checked, body.input, format=body.response_format, speed=body.speed, edit=edit,
+                speaker.checked, body.input, format=body.response_format, speed=body.speed, edit=edit,
                 keep_warm_s=keep_warm_s,
             )  # fmt: skip
             if upload is None:
                 with naming(recording="voice"):
                     asked = await to_thread.run_sync(ask, _name(body), limiter=self.readers)
-                work: Work = naming(recording="voice")(partial(self.speaker.speak, asked))
+                work: Work = naming(recording="voice")(partial(speaker.speak, asked))
             else:
                 self._words("ref_text", body.ref_text)
-                work = partial(self._speak_with, ask, upload, body.ref_text)
+                work = partial(self._speak_with, speaker, ask, upload, body.ref_text)
             return self._streamed(
                 work, MEDIA_TYPES[body.response_format], held.pop_all(),
-                most_bytes(body.input, body.response_format, body.speed), sse=body.stream_format == "sse",
+                most_bytes(body.input, body.response_format, body.speed), turn, sse=body.stream_format == "sse",
                 headers={"x-edit": "/".join(edit) if edit else "none"} if body.instructions else {},
             )  # fmt: skip
 
@@ -146,13 +157,13 @@ class SpeechCalls:
         return body, None if body.ref_audio is None else await decoded(body.ref_audio, "ref_audio")
 
     def _speak_with(
-        self, ask: Callable[[Voice], SpeechRequest], upload: Upload, text: str | None, write: Write
+        self, speaker: Speaker, ask: Callable[[Voice], SpeechRequest], upload: Upload, text: str | None, write: Write
     ) -> None:
         """Speaks with a recording that the request has brought."""
         named = naming(recording="ref_audio", prompt_text="ref_text")
         with named, upload.stored(self.service, self.recordings) as recording:
             voice = Voice("", (text or "").strip() or self.service.transcribe(recording), recording, False, 0)
-            self.speaker.speak(ask(voice), write)
+            speaker.speak(ask(voice), write)
 
     def _words(self, param: str, text: str | None) -> str:
         """Returns the words of a recording, empty if the recognizer is to write them; raises `InvalidInput`."""
@@ -173,13 +184,15 @@ class SpeechCalls:
         self.keys.check(request)
         with ExitStack() as held:
             held.enter_context(self.slots.taken())
+            turn = held.enter_context(self.turns.taken(network(request)))
             body, upload = await read_upload(request, Edit, self.recordings)
             held.callback(upload.close)
+            turn.received()
             self._check_task(body.task)
             with _naming_edits():
                 self.service.checked_edit(body.text, body.task, body.sub_task, body.tagged_text)
             work = partial(self._edit, body, upload)
-            return self._streamed(work, MEDIA_TYPES[body.response_format], held.pop_all())
+            return self._streamed(work, MEDIA_TYPES[body.response_format], held.pop_all(), turn=turn)
 
     def _edit(self, body: Edit, upload: Upload, write: Write) -> None:
         with _naming_edits(), upload.stored(self.service, self.recordings) as recording:
@@ -211,14 +224,17 @@ class SpeechCalls:
                     "转写结果不含时间信息：response_format 只能是 json 或 text",
                 )
             self.service.recognizer()
-            media_type = "application/json" if body.response_format == "json" else "text/plain; charset=utf-8"
-            work = partial(self._transcribe, body.response_format == "json", upload)
-            return self._streamed(work, media_type, held.pop_all())
+            form = "sse" if body.stream else body.response_format
+            return self._streamed(partial(self._transcribe, form, upload), _TRANSCRIPTS[form], held.pop_all())
 
-    def _transcribe(self, as_json: bool, upload: Upload, write: Write) -> None:
+    def _transcribe(self, form: str, upload: Upload, write: Write) -> None:
         with upload.stored(self.service, self.recordings) as recording:
             text = self.service.transcribe(recording)
-        write((json.dumps({"text": text}, ensure_ascii=False) if as_json else text + "\n").encode())
+        if form == "sse":
+            delta = event({"type": "transcript.text.delta", "delta": text})
+            write(delta + event({"type": "transcript.text.done", "text": text}))
+        else:
+            write((json.dumps({"text": text}, ensure_ascii=False) if form == "json" else text + "\n").encode())
 
     async def voices(self, request: Request) -> JSONResponse:
         """The voices that `voice` may name."""
@@ -259,10 +275,13 @@ class SpeechCalls:
         return JSONResponse(DeletedVoice(id=voice.name).model_dump())
 
     def _streamed(
-        self, work: Work, media_type: str, held: ExitStack, most_bytes: int = 0,
+        self, work: Work, media_type: str, held: ExitStack, most_bytes: int = 0, turn: Turn | None = None,
         *, status: int = 200, headers: dict[str, str] | None = None, sse: bool = False,
     ) -> Streamed:  # fmt: skip
-        """Returns the response of ``work``, for whose result ``most_bytes`` are reserved. It closes ``held``."""
+        """Returns the response of ``work``, for whose result ``most_bytes`` are reserved. It closes ``held``.
+
+        The first model's queue is joined at its ``turn``.
+        """
         leases: list[Any] = []
 
         def watched(write: Write) -> None:
@@ -271,14 +290,19 @@ class SpeechCalls:
                     leases.append(lease)
                 if cancellation := current():
                     cancellation.on_cancel(lease.cancel)
+                if turn:
+                    turn.wait()
+                    lease.queued = turn.end
 
+            if turn and (cancellation := current()):
+                cancellation.on_cancel(turn.end)
             with self.watching(watch):
                 work(write)
 
-        room = partial(self.recordings.reserved, most_bytes)
+        room = partial(self.recordings.reserved_until_known, most_bytes)
         return Streamed(
             watched, media_type, self.service.folder, room, held, self.threads, status=status, headers=headers,
-            sse=sse, server_timing=lambda: _server_timing(leases),
+            sse=sse, server_timing=lambda: server_timing(leases),
         )  # fmt: skip
 
     def _check_change(self, request: Request) -> None:
@@ -320,25 +344,6 @@ def _name(body: Speech) -> str:
 
 def _naming_edits() -> AbstractContextManager[None]:
     return naming(prompt_text="text", target_text="tagged_text", recording="file")
-
-
-def _server_timing(leases: list[Any]) -> str:
-    """Returns the header for the sum of the leases' waits (https://www.w3.org/TR/server-timing/), in milliseconds.
-
-    ``desc`` names the models if there are several: edits wait for the recognizer, then for the engine.
-    """
-    waits = [(lease.model, receipt) for lease in leases if (receipt := lease.receipt)]
-    if not waits:
-        return ""
-    receipts = [receipt for _, receipt in waits]
-    whys = [f"{model}: {receipt.sentence().en}" for model, receipt in waits]
-    why = "; ".join(whys) if len(waits) > 1 else receipts[0].sentence().en
-    parts = [f'wait;dur={1000 * sum(each.waited_s for each in receipts):.1f};desc="{why}"']
-    parts += [f"queue;dur={1000 * sum(each.queue_s for each in receipts):.1f}"]
-    for move in ("load", "restore"):
-        if moves_s := [each.move_s for each in receipts if each.move == move]:
-            parts += [f"{move};dur={1000 * sum(moves_s):.1f}"]
-    return ", ".join(parts)
 
 
 def _facts(voice: Voice) -> VoiceFacts:

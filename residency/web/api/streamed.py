@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,16 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ...cancellation import Cancellation, cancelled_by
-from .growing_file import GrowingFile
+from ...observability.error_classification import in_words
+from ..server.bodies import BrokenOff
+from .growing_file import GrowingFile, Room
 from .openai_errors import described, refusal
+
+logger = logging.getLogger(__name__)
 
 Write = Callable[[bytes], object]
 Work = Callable[[Write], None]
 """Calls its argument with each part of the response."""
-
-
-class BrokenOff(Exception):
-    """The work failed after the response had begun."""
 
 
 class Streamed(Response):
@@ -40,7 +41,7 @@ class Streamed(Response):
         work: Work,
         media_type: str,
         folder: Path,
-        room: Callable[[], AbstractContextManager[object]],
+        room: Room,
         held: ExitStack,
         threads: CapacityLimiter,
         *,
@@ -58,9 +59,7 @@ class Streamed(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         cancellation, loop = Cancellation(), asyncio.get_running_loop()
         output = GrowingFile(self._folder, self._room, loop)
-        thread = asyncio.ensure_future(
-            to_thread.run_sync(self._run, output, cancellation, abandon_on_cancel=True, limiter=self._threads)
-        )
+        thread = asyncio.ensure_future(self._run_in_thread(output, cancellation))
         watch = asyncio.ensure_future(_cancel_on_disconnect(receive, cancellation))
         try:
             await self._send(output, cancellation, scope, receive, send)
@@ -69,6 +68,13 @@ class Streamed(Response):
             if not thread.done():
                 loop.run_in_executor(None, cancellation.cancel)  # its callbacks take the manager's lock
             thread.add_done_callback(lambda done: loop.run_in_executor(None, output.close))
+
+    async def _run_in_thread(self, output: GrowingFile, cancellation: Cancellation) -> None:
+        try:
+            await to_thread.run_sync(self._run, output, cancellation, abandon_on_cancel=True, limiter=self._threads)
+        except RuntimeError as error:  # the system has no thread left
+            self._held.close()
+            output.end(error)
 
     def _run(self, output: GrowingFile, cancellation: Cancellation) -> None:
         """Works, in a thread of its own."""
@@ -103,6 +109,8 @@ class Streamed(Response):
         except Exception as error:
             if cancellation.cancelled:
                 return
+            reason = " ".join(in_words(error).split())
+            logger.error("%s broke off after %d bytes: %s", scope["path"], output.size, reason)
             # The server closes the connection without an end of the body, which shows clients that it is incomplete.
             raise BrokenOff from error
         await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -118,13 +126,14 @@ async def _events(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """Yields audio as OpenAI's events; an error is the last of them."""
     try:
         async for piece in pieces:
-            yield _event({"type": "speech.audio.delta", "audio": base64.b64encode(piece).decode()})
+            yield event({"type": "speech.audio.delta", "audio": base64.b64encode(piece).decode()})
     except Exception as error:
-        yield _event({"type": "error", **described(error)[1]})
+        yield event({"type": "error", **described(error)[1]})
         return
     usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
-    yield _event({"type": "speech.audio.done", "usage": usage})
+    yield event({"type": "speech.audio.done", "usage": usage})
 
 
-def _event(data: dict[str, Any]) -> bytes:
+def event(data: dict[str, Any]) -> bytes:
+    """Returns a server-sent event, as OpenAI's API sends them."""
     return b"data: %s\n\n" % json.dumps(data).encode()

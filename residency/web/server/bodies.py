@@ -66,6 +66,10 @@ async def read_at_most(
         await PlainTextResponse(refusal, 413)(scope, receive, send)
 
 
+class BrokenOff(Exception):
+    """A response failed after it had begun, which was logged. The server closes the connection before its end."""
+
+
 async def client_disconnected(request: Request, error: Exception) -> Response:
     """Handles the disconnect of a client during its body; the response is never read."""
     return Response(status_code=400)

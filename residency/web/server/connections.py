@@ -1,6 +1,6 @@
 """Limits the number of a server's connections, and how long each may wait for its peer.
 
-Independent of HTTP and asyncio; `server` reports which connections wait. Everything except `raise_descriptor_limit`
+Independent of asyncio; `server` reports which connections wait. Everything except `raise_descriptor_limit`
 must be called in the thread of the server's loop.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import logging
 import math
 import os
@@ -19,6 +20,8 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from enum import Enum
+
+from .cross_origin import refusal_body
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +37,16 @@ _KERNEL_BACKLOG = 256
 _WARN_EVERY_S = 60.0
 _SHARE_ENDED, _BUSY_FOR_S = 50, 0.01
 _SPENT = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
-_BUSY = "The server has too many connections: try again in a minute. / 服务器连接数已满：请一分钟后重试。\n".encode()
+_BUSY = json.dumps(
+    refusal_body(
+        "The server has too many connections: try again in a minute. / 服务器连接数已满：请一分钟后重试。",
+        "server_error", code="too_many_connections",
+    ),
+    ensure_ascii=False,
+).encode()  # fmt: skip
+"""In the shape of the speech API's errors, for all paths: a connection is refused before its request is read."""
 _REFUSAL = (
-    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain; charset=utf-8\r\nRetry-After: 60\r\n"
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 60\r\n"
     b"Content-Length: %d\r\nConnection: close\r\n\r\n%s" % (len(_BUSY), _BUSY)
 )
 

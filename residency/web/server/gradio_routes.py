@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..shared.gradio_compat import CALL
 from ..shared.language import preferred
+from .cross_origin import API
 from .layers import http_layer
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,8 @@ def without(also: Iterable[str] = ()) -> Callable[[ASGIApp], ASGIApp]:
 
     @http_layer
     async def around(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        if closed.match(scope["path"]) or _FETCHES.match(scope["path"]) or "\0" in scope["path"]:
+        path = scope["path"]
+        if closed.match(path) or _FETCHES.match(path) or ("\0" in path and not path.startswith(API)):
             await _json({"detail": "Not Found"}, 404)(scope, receive, send)
         else:
             await _to_its_end(app, scope, receive, send)

@@ -18,6 +18,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ...addresses import hostname, is_address, is_loopback, without_mapping
+from ...errors import NotAllowed
 from .layers import http_layer
 
 _UNKNOWN = (
@@ -61,7 +62,7 @@ class Hosts:
     async def around(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         request = HTTPConnection(scope)
         name = hostname(request.headers.get("host", ""))
-        if self._is_here(scope) and not (self._knows(name) or self._may_pass(request)):
+        if self._is_here(scope) and not (self._knows(name) or self._passes(request)):
             shown = name if re.fullmatch(r"[\w.-]{1,100}", name) else "NAME"
             port = (scope.get("server") or ("", 7860))[1]
             text = _UNKNOWN.format(name=shown, port=port, scheme=scope.get("scheme", "http"))
@@ -71,6 +72,12 @@ class Hosts:
 
     def _knows(self, name: str) -> bool:
         return not name or name in self._known or is_address(name) or is_loopback(name)
+
+    def _passes(self, request: HTTPConnection) -> bool:
+        try:
+            return self._may_pass(request)
+        except NotAllowed:  # after too many wrong keys
+            return False
 
     def _is_here(self, scope: Scope) -> bool:
         """Whether the peer's address is a loopback address, the server's own address, or the gateway."""

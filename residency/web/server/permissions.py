@@ -13,6 +13,7 @@ from starlette.requests import HTTPConnection
 
 from ...addresses import hostname, is_address, is_loopback
 from ...errors import NotAllowed
+from .rate_limit import Guesses
 
 _PASSED_ON = frozenset({"forwarded", "via", "x-real-ip"})
 """Headers that proxies add to a request, in addition to ``X-Forwarded-...``."""
@@ -22,22 +23,36 @@ PUBLIC_HOST = "residency.public_host"
 
 
 class Permissions:
-    """Permission checks. ``trust_local`` must be False behind a tunnel (``--share``), where all requests seem local."""
+    """Permission checks. ``trust_local`` must be False behind a tunnel (``--share``), where all requests seem local.
+
+    ``guesses`` counts wrong tokens, and the wrong keys of `ApiKeys`. Thread-safe.
+    """
 
     def __init__(self, token: str | None = None, *, trust_local: bool = True) -> None:
         self._token = token.encode() if token else None
         self._trust_local = trust_local
+        self.guesses = Guesses()
 
     def check(self, request: HTTPConnection, user: str | None = None) -> None:
-        """Raises `NotAllowed` unless the request may make changes; ``user`` is the name of a signed-in user."""
+        """Raises `NotAllowed` or `TooManyWrongKeys` unless the request may make changes; ``user`` has signed in."""
         if not self.allows(request, user):
             raise NotAllowed
 
     def allows(self, request: HTTPConnection, user: str | None = None) -> bool:
-        """Whether `check` raises nothing."""
-        if self.knows_token(request):
+        """Whether the request may make changes; raises `TooManyWrongKeys`."""
+        if not from_another_site(request) and (bool(user) or (self._trust_local and _is_local(request))):
             return True
-        return not from_another_site(request) and (bool(user) or (self._trust_local and _is_local(request)))
+        return self.has_token and self.passes(request, self.knows_token(request))
+
+    @property
+    def has_token(self) -> bool:
+        return self._token is not None
+
+    def passes(self, request: HTTPConnection, right: bool) -> bool:
+        """Returns ``right``, and counts what the request sends if it is wrong; raises `TooManyWrongKeys`."""
+        if sent := token_sent(request):
+            self.guesses.check(request, sent, right)
+        return right
 
     def knows_token(self, request: HTTPConnection) -> bool:
         """Whether the request has the token; False if the server has none."""

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ...addresses import EVERY_ADDRESS, bracketed, link
+from .bodies import BrokenOff
 from .connections import Awaited, Connection, Connections, affordable, listeners
 
 _ACCEPTED_AT_ONCE = 2
@@ -115,7 +116,11 @@ class _Protocol(H11Protocol):
                 self._reset_at_close("content-length" not in Headers(raw=message["headers"]))
             await send(message)
 
-        await app(scope, receive, begins)
+        try:
+            await app(scope, receive, begins)
+        except BrokenOff:
+            self.cycle.disconnected = True  # else uvicorn logs that the response is incomplete
+            self.transport.close()
 
     def _reset_at_close(self, reset: bool) -> None:
         """Makes the system send a reset instead of an end, also when the process is killed."""

@@ -25,6 +25,9 @@ class QueuedLease(Protocol):
     def receipt(self) -> Receipt | None:
         """How long it waited; None before it has the model."""
 
+    queued: Callable[[], object] | None
+    """Is called once it is in the queue, or has the model."""
+
     def cancel(self) -> bool: ...
 
 

@@ -23,6 +23,9 @@ class QueuedRequest:
         self._queue = queue
         self.model = queue.model
         self.refusal: Exception | None = None
+        self.ended = False
+        self.queued: Callable[[], object] | None = None
+        """As of `Lease`."""
         self.receipt: Receipt | None = None
         """As of `Lease`; None until it has the engine."""
 
@@ -36,7 +39,7 @@ class QueuedRequest:
     def cancel(self, error: Exception | None = None) -> bool:
         """Ends a waiting request with ``error``; returns False if it uses the engine, or has ended."""
         with self._queue.changed:
-            if self not in self._queue.requests[self._queue.at_once :]:
+            if self.ended or self in self._queue.requests[: self._queue.at_once]:
                 return False
             self.refusal = self.refusal or error or RequestCancelled(self.model)
             self._queue.changed.notify_all()
@@ -69,13 +72,15 @@ class SpeechQueue:
             yield
             return
         request, began_s = QueuedRequest(self), time.monotonic()
+        if watch := self._watch.get():
+            watch(request)
         with self.changed:
             if self._closed:
                 raise ManagerClosed
             self.requests.append(request)
         try:
-            if watch := self._watch.get():
-                watch(request)
+            if request.queued:
+                request.queued()
             with self.changed:
                 self.changed.wait_for(lambda: request.refusal or request in self.requests[: self.at_once])
             if request.refusal:
@@ -88,6 +93,7 @@ class SpeechQueue:
                 self._mine.reset(token)
         finally:
             with self.changed:
+                request.ended = True
                 self.requests.remove(request)
                 self.changed.notify_all()
 

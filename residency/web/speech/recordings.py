@@ -166,6 +166,23 @@ class Recordings:
             with self._lock:
                 self._reserved_bytes -= granted
 
+    @contextmanager
+    def reserved_until_known(self, most_bytes: float) -> Iterator[Callable[[float], None]]:
+        """Like `reserved`, for a file of unknown size: yields a function that replaces the estimate by its size."""
+        with self.reserved(most_bytes):
+            held_bytes = most_bytes
+
+            def known(size_bytes: float) -> None:
+                nonlocal held_bytes
+                with self._lock:
+                    self._reserved_bytes += size_bytes - held_bytes
+                    held_bytes = size_bytes
+
+            try:
+                yield known
+            finally:
+                known(most_bytes)
+
     def _make_room_locked(self, wanted_bytes: float, least_bytes: float) -> float:
         """Deletes files, those of sessions for ``least_bytes`` only. Returns the free bytes, -1 if there are none."""
         if self._most_bytes == math.inf:

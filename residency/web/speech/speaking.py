@@ -15,13 +15,13 @@ import soundfile
 
 from ...cancellation import checkpoint
 from ...contracts import Engine
-from ...errors import InvalidInput
+from ...errors import InvalidInput, RequestCancelled, RequestStopped, ResidencyError
 from ...sentences import Sentence
 from . import task_names
 from .encoding import Encoder, Joiner, check_form
-from .recordings import UNDER_WAY
+from .recordings import DISK_IS_FULL, UNDER_WAY, OutOfDiskSpace
 from .segments import sentences
-from .service import SpeechService, check
+from .service import SpeechService, check, explain
 from .voices import Voice, VoiceStore
 
 _S_PER_CHARACTER = 0.25
@@ -33,6 +33,22 @@ _INSTRUCTED = ("emotion", "style", "speed")
 """Tasks that instructions may name."""
 _LANGUAGE_TAG = re.compile(r"\s*(\[(?:Cantonese|Japanese|Korean|Sichuanese)\])\s*(?=\S)", re.IGNORECASE)
 """Step-Audio-EditX takes the language of a text from the tag before it."""
+
+
+class SpeechEditFailed(ResidencyError):
+    """The edit of a sentence has failed with ``error``, after the sentence was spoken."""
+
+    def __init__(self, edit: tuple[str, str], error: Exception) -> None:
+        named, reason = "/".join(edit), explain(error, has_history=False)
+        super().__init__(
+            f"The text was spoken, but the edit {named} that instructions name failed; without instructions you get "
+            f"the unedited speech. {reason.en}",
+            f"语音已合成，但 instructions 所指的编辑 {named} 失败；去掉 instructions 再发送，即可得到未经编辑的语音。"
+            f"{reason.zh}",
+        )
+        self._arguments = (edit, error)
+        self.error = OutOfDiskSpace() if isinstance(error, OSError) and error.errno in DISK_IS_FULL else error
+        self.param = "instructions"
 
 
 @dataclass(frozen=True)
@@ -123,8 +139,13 @@ class Speaker:
         audio, sample_rate = engine.clone(recording, request.voice.text, sentence)
         if request.edit is not None:
             checkpoint()
-            with _as_file(audio, sample_rate, self.service.folder) as spoken:
-                audio, sample_rate = engine.edit(spoken, sentence, *request.edit, sentence)
+            try:
+                with _as_file(audio, sample_rate, self.service.folder) as spoken:
+                    audio, sample_rate = engine.edit(spoken, sentence, *request.edit, sentence)
+            except (RequestCancelled, RequestStopped):
+                raise
+            except Exception as error:
+                raise SpeechEditFailed(request.edit, error) from error
         return np.asarray(audio, dtype=np.float32).reshape(-1), sample_rate
 
 

@@ -67,6 +67,17 @@ _REMOVALS = {
     "style": ("内容不变，不带特定风格。", "Says the same in a plain manner."),
 }
 
+_SENTENCE_END = re.compile(r"[.!?;。！？；]|(?<![:：])\n(?!\s*[-*•])|\b(?<!anything )but\b|但|而是")
+"""A list after a colon belongs to its sentence."""
+_CLAUSE_END = re.compile(r"[,，、\n]|(?=\b(?:without|instead of|rather than)\b)")
+_DENIAL = re.compile(
+    r"\b(?:not|no|non|never|nor|neither|cannot|without|stop|avoid|less|anything but|instead of|rather than"
+    r"|[a-z]+n['’]t|(?:do|does|is|are|ca|wo|must|should)nt)\b"
+    r"|不|没|勿|莫|(?<![特分个])别|无(?!比)|非(?!常)|停止|避免|禁止"
+)
+_OTHER_WORDS = re.compile("生气(?=勃勃|盎然)")
+"""Names of sub-tasks that mean something else there: full of life, not angry."""
+
 
 def task_name(task: str, localize: Localize) -> str:
     """Returns the name of a task, with its value if that differs: ``cut pauses (vad)``."""
@@ -103,21 +114,31 @@ def named_in(instructions: str, offered: Mapping[str, Sequence[str]]) -> tuple[s
     """Returns the task and sub-task that instructions name (``happy``, ``in a whisper``, ``高兴``).
 
     None if they name not exactly one. A name counts as whole words, in either language, with or without its task; of
-    ``much faster`` and ``faster`` the longer counts.
+    ``much faster`` and ``faster`` the longer counts. A denied name (``not happy``, ``别生气``) does not count.
     """
-    text = " ".join(["", *re.findall(r"[^\W_]+", instructions.casefold()), ""])
+    asked = "".join(_not_denied(instructions.casefold()))
+    text = re.sub(r"[\W_]+", " ", f" {asked} ")
     found: dict[tuple[str, str], str] = {}
     for task, sub_tasks in offered.items():
         for sub_task in sub_tasks:
             chinese, english = _sub_task_names(task, sub_task)
             names = [f" {name.replace('_', ' ').casefold()} " for name in (sub_task, english)]
-            names = [name for name in names if name in text] + [chinese] * (chinese in instructions)
+            names = [name for name in names if name in text] + [chinese] * (chinese in asked)
             if sub_task != "remove" and names:
                 found[task, sub_task] = max(names, key=len)
     longest = [
         each for each, name in found.items() if not any(name != other and name in other for other in found.values())
     ]
     return longest[0] if len(longest) == 1 else None
+
+
+def _not_denied(text: str) -> Iterator[str]:
+    """Yields the clauses of a text that deny nothing, and follow no denial in their sentence before a ``but``."""
+    for sentence in _SENTENCE_END.split(_OTHER_WORDS.sub("", text)):
+        for clause in _CLAUSE_END.split(sentence):
+            if _DENIAL.search(clause):
+                break
+            yield clause + "\n"
 
 
 def _sub_task_names(task: str, sub_task: str) -> tuple[str, str]:

@@ -61,6 +61,12 @@
     }
     polling = false;
   };
+  // Returns the half of an error of the API, "English / Chinese", in the language of the messages.
+  const translated = text => {
+    const chinese = /^zh\b/i.test(navigator.languages.find(each => /^(zh|en)\b/i.test(each)));
+    const halves = /^(.+?) \/ ([^]*[\u4e00-\u9fff][^]*)$/.exec(text);
+    return halves ? halves[chinese ? 2 : 1] : text;
+  };
   // A button of a neighbour: the server answers once the neighbour has.
   const ask = async button => {
     button.disabled = true;
@@ -68,7 +74,7 @@
     try {
       const answer = await fetch("gpu/neighbors/ask", {method: "POST", body});
       const text = document.createElement("p");
-      if (!answer.ok) text.textContent = (await answer.json().catch(() => ({}))).error ?? answer.status;
+      if (!answer.ok) text.textContent = translated((await answer.json().catch(() => ({}))).error ?? `${answer.status}`);
       showOutcome({line: answer.ok ? news.pieces.asked : text.outerHTML, awaits: []});
     } catch {
       showOutcome({line: news.pieces.lost, awaits: []});

@@ -1,0 +1,64 @@
+"""Keeps the requests of a sender in order of arrival until they are in a queue, however long their checks take."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+_BODY_WITHIN_S = 2.0
+"""Time in which later requests wait for the body of an earlier one: behind some proxies all have one address."""
+
+
+class Turns:
+    """The requests that are not yet in a queue. Thread-safe. ``now`` returns seconds."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self.now = now
+        self.changed = threading.Condition()
+        self.waiting: list[Turn] = []
+
+    @contextmanager
+    def taken(self, sender: str) -> Iterator[Turn]:
+        """Yields the turn of a request that has just arrived; ends it with the block."""
+        turn = Turn(self, sender)
+        with self.changed:
+            self.waiting.append(turn)
+        try:
+            yield turn
+        finally:
+            turn.end()
+
+
+class Turn:
+    """The turn of a request."""
+
+    def __init__(self, turns: Turns, sender: str) -> None:
+        self._turns, self._sender = turns, sender
+        self._counts_until_s = turns.now() + _BODY_WITHIN_S
+
+    def received(self) -> None:
+        """The whole body has arrived: from now on later requests wait until this one is in a queue, or has ended."""
+        self._counts_until_s = math.inf
+
+    def wait(self) -> None:
+        """Waits for all earlier requests of the sender, or until `end` is called."""
+        with self._turns.changed:
+            while (left_s := self._left_s()) > 0:
+                self._turns.changed.wait(min(left_s, threading.TIMEOUT_MAX))
+
+    def end(self) -> None:
+        """Ends the turn: the request is in a queue, or has failed. May be called repeatedly."""
+        with self._turns.changed:
+            if self in self._turns.waiting:
+                self._turns.waiting.remove(self)
+                self._turns.changed.notify_all()
+
+    def _left_s(self) -> float:
+        if self not in self._turns.waiting:
+            return 0.0
+        earlier = self._turns.waiting[: self._turns.waiting.index(self)]
+        until_s = (turn._counts_until_s for turn in earlier if turn._sender == self._sender)
+        return max(until_s, default=-math.inf) - self._turns.now()
