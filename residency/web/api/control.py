@@ -62,6 +62,7 @@ _CODES: dict[type[Exception], int] = {
     errors.TooManyListeners: 503,
 }
 _DESCRIPTIONS = {
+    202: "The move has begun, or follows the running request or load.",
     400: "The level or the mode is not supported.",
     401: "Requests from other machines need the token.",
     403: "Requests from pages of other sites are refused.",
@@ -218,11 +219,9 @@ class _Calls:
     def add_change(self, app: FastAPI, call: str, body: type[BaseModel], description: str) -> None:
         """Adds a call of `_CHANGES`. It answers with the status: 200, or 202 if the move follows later."""
         change: Callable[..., bool | None] = getattr(self.manager, call, self._ask_neighbor)
-        follows: _Responses = (
-            {}
-            if call in ("configure", "neighbors/ask")
-            else {202: {"model": Status, "description": "The move has begun, or follows the running request or load."}}
-        )
+        follows: _Responses = {202: {"model": Status, "description": _DESCRIPTIONS[202]}}
+        if call in ("configure", "neighbors/ask"):
+            follows = {}
         failed = (502,) if body is WhichNeighbor else ()
 
         async def endpoint(request: Request) -> JSONResponse:
@@ -308,10 +307,8 @@ async def _refused(request: Request, error: Exception) -> JSONResponse:
     code = next(code for kind, code in _CODES.items() if isinstance(error, kind))
     more = {"known": list(error.known)} if isinstance(error, errors.UnknownModel) else {}
     headers = {"WWW-Authenticate": "Bearer"} if code == 401 else {}
-    if isinstance(error, TooManyWrongKeys):
-        headers = {"Retry-After": str(error.retry_s)}
-    if isinstance(error, errors.WorkerEnded):  # the next request starts a new one
-        headers = {"Retry-After": "1"}
+    if isinstance(error, TooManyWrongKeys | errors.WorkerEnded):  # the next request starts a new worker
+        headers = {"Retry-After": str(getattr(error, "retry_s", 1))}
     return JSONResponse({"error": str(error), **more}, code, headers)
 
 
