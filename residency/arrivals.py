@@ -29,19 +29,19 @@ class Arrival:
     waits: Callable[[int, Sentence], None]
 
 
-def room_for_retry(memory: Memory, short_bytes: int, retries: int) -> int | None:
+def room_for_retry(memory: Memory, own_bytes: int, short_bytes: int, retries: int) -> int | None:
     """Returns for how many free bytes a move waits that found a shared card full; None if waiting does not help.
 
     The size of a model before its first load is unknown, and an out-of-memory error tells only how much the next
-    allocation lacked: so each of the ``retries`` waits for twice as much more of the card as the one before. Waiting
-    does not help if all others together hold less than an eighth of the card: each process that has used it keeps some.
+    allocation lacked: so each of the ``retries`` waits for a thirty-second of the card more than was free. Waiting does
+    not help if other processes hold less than an eighth of the card: each that has used it keeps some.
+    ``own_bytes``: what this process holds, without the move.
     """
     if memory.total_bytes is None or memory.free_bytes is None:
         return None if retries else short_bytes
-    most_bytes = memory.total_bytes - memory.total_bytes // 8
-    if retries and memory.free_bytes > most_bytes:
-        return None
-    return min(memory.free_bytes + max(short_bytes, (memory.total_bytes >> 4) << retries), most_bytes)
+    if memory.total_bytes - memory.free_bytes - own_bytes < memory.total_bytes // 8:
+        return None if retries else memory.free_bytes  # once more, with emptied caches
+    return memory.free_bytes + max(short_bytes, memory.total_bytes >> 5)
 
 
 class CardShare(Protocol):

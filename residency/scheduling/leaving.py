@@ -42,7 +42,7 @@ class Leaving:
                 managed.name: (_idle_since_s(managed), managed.memory.size_bytes)
                 for managed in self._dispatcher.managed_models.values()
                 if managed.settled_state is State.DEVICE
-                and (managed.move_task or managed.wishes.pending_move or _may_leave(managed, now_s, None))
+                and (managed.move_task or _leaves_next(managed) or _may_leave(managed, now_s, None))
             }
 
     def leave(self, nbytes: int, before_s: float | None) -> tuple[dict[str, int], int]:
@@ -66,6 +66,10 @@ class Leaving:
                         lacking_bytes -= managed.memory.size_bytes
         dispatcher.run_pending()
         return leaving, max(0, lacking_bytes)
+
+
+def _leaves_next(managed: ManagedModel) -> bool:
+    return managed.wishes.pending_move is not None and managed.leases.holder is None
 
 
 def _may_leave(managed: ManagedModel, now_s: float, before_s: float | None) -> bool:

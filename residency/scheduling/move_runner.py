@@ -216,7 +216,7 @@ class MoveRunner:
             memory = self._device.memory()
             needed_bytes: int | None = (memory.free_bytes or 0) + short_bytes
             if not task.put_off:
-                needed_bytes = room_for_retry(memory, short_bytes, task.retries)
+                needed_bytes = room_for_retry(memory, self._own_bytes(managed, memory), short_bytes, task.retries)
             if needed_bytes is None:
                 return False
             with dispatcher.lock:
@@ -225,6 +225,12 @@ class MoveRunner:
             return False
         task.retries, task.error = task.retries + 1, None
         return True
+
+    def _own_bytes(self, arriving: ManagedModel, memory: Memory) -> int:
+        """Returns the bytes that this process and its other models hold."""
+        with self._dispatcher.lock:
+            others = [each for each in self._dispatcher.managed_models.values() if each is not arriving]
+            return max(memory.process_bytes or 0, sum(other.memory.device_bytes for other in others))
 
     # -- the end of a move --------------------------------------------------------------------------------------
 
@@ -315,6 +321,7 @@ class MoveRunner:
         dispatcher, managed, faults = self._dispatcher, task.managed, task.managed.faults
         managed.settled_state = task.back_at
         if isinstance(error, NoRoomNow):
+            managed.memory.needed_bytes = 0
             if managed.wishes.prefetch:
                 faults.last_error = in_words(error)
             managed.wishes.prefetch = managed.wishes.prewarmed = False

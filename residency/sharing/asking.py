@@ -72,9 +72,13 @@ class Asking:
             if self._running or not (self._known or self._finds):
                 return
             self._running = True
-        threading.Thread(
+        thread = threading.Thread(
             target=self._ask_all, args=(needed_bytes, is_wanted), name="gpu-neighbors", daemon=True
-        ).start()
+        )
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads: the next call tries again
+            self._running = False
 
     def ask_one(self, url: str) -> None:
         """Asks one neighbour, whether or not memory lacks; waits for its answer.

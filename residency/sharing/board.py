@@ -1,8 +1,8 @@
 """The tickets of one card in a file, for all processes that are given its folder: SQLite is the lock and the storage.
 
 SQLite, because a transaction of a process that is killed at any moment is undone by the next one, on each local file
-system and across containers with a common folder. A process that is stopped within a transaction (a fraction of a
-millisecond) keeps the others out: then each raises `BoardBusy` after `BUSY_AFTER_S` and goes on without the queue.
+system and across containers with a common folder. A process that is stopped within a transaction (some
+milliseconds) keeps the others out: then each raises `BoardBusy` after `BUSY_AFTER_S` and goes on without the queue.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ T = TypeVar("T")
 BUSY_AFTER_S = 1.0
 """Maximum wait for a transaction of another process."""
 
+_VERSION = 2
+"""Version of the table: apps of different versions do not share a queue."""
+
 _TABLE = (
     "create table if not exists tickets (key text primary key, model text, pid integer, arrived_s real, "
     "wanted_bytes integer, beat_s real, claimed integer, card_bytes integer, started integer)"
@@ -37,8 +40,9 @@ class Board:
     """The tickets of the card ``identity`` in ``folder``. Thread-safe; holds no file between calls."""
 
     def __init__(self, folder: Path, identity: str) -> None:
+        name = "".join(sign if sign.isalnum() or sign in "-_" else "_" for sign in identity)
         self._opened_to_all = False
-        self.path = folder / f"card-{''.join(sign if sign.isalnum() or sign in '-_' else '_' for sign in identity)}.db"
+        self.path = folder / f"card-{name}-{_VERSION}.db"
 
     def change(self, act: Callable[[Tickets], tuple[Tickets, T]]) -> T:
         """Replaces the tickets by those that ``act`` returns, in one transaction; returns its other result."""
@@ -61,11 +65,11 @@ class Board:
     @contextlib.contextmanager
     def _opened(self, busy_after_s: float = BUSY_AFTER_S) -> Iterator[sqlite3.Connection]:
         try:
+            self._open_to_all()
             with contextlib.closing(sqlite3.connect(self.path, busy_after_s, isolation_level=None)) as connection:
                 connection.execute("pragma synchronous = off")  # tickets do not outlive the machine
                 connection.execute("pragma journal_mode = persist")  # no file is made and removed each time
                 connection.execute(_TABLE)
-                self._open_to_all()
                 yield connection
         except sqlite3.Error as error:
             raise BoardBusy(
@@ -73,11 +77,13 @@ class Board:
             ) from error
 
     def _open_to_all(self) -> None:
-        """Lets other users change the tickets, too: the folder's rights say which users can."""
+        """Lets other users change the tickets and undo a transaction: the folder's rights say which users can."""
         if not self._opened_to_all:
             self._opened_to_all = True
-            with contextlib.suppress(OSError):
-                self.path.chmod(0o666)
+            for path in (self.path, Path(f"{self.path}-journal")):
+                with contextlib.suppress(OSError):  # that of another user, who has done it
+                    path.touch()
+                    path.chmod(0o666)
 
 
 def _tickets(connection: sqlite3.Connection) -> Tickets:

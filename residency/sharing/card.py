@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -20,10 +21,10 @@ from ..observability.events import Event
 from ..status_types import SharingStatus
 from . import Sharing
 from .asking import Asking
-from .board import Board, PrivateBoard
+from .board import Board, BoardBusy, PrivateBoard
 from .processes import Identity, family_of, identity_of, name_of, other_processes
 from .room import Leaving, Room
-from .strangers import Strangers
+from .strangers import GIVEN_UP_AFTER_S, Strangers
 from .tickets import (
     PRESENCE,
     STALE_AFTER_S,
@@ -38,6 +39,9 @@ from .tickets import (
 )
 
 logger = logging.getLogger(__name__)
+
+PATIENCE_S = 15.0
+"""Time for the models that should leave first, after which all others leave: an offload takes some seconds."""
 
 LOOK_EVERY_S = 0.1
 """Interval of looks at the card while a model of this process is on it."""
@@ -79,14 +83,15 @@ class SharedCard:
         self.yields = 0
         self.asking = asking
         self._device, self._leaving = device, leaving
-        self._room = Room(device, leaving, headroom_bytes, board, asking, self.wake)
-        self.place = self._room.place
         self._strangers = Strangers(headroom_bytes)
         self._families: dict[int, frozenset[Identity]] = {}
         self._presence = f"{PRESENCE}{uuid.uuid4().hex}"
+        self._room = Room(device, leaving, headroom_bytes, board, asking, self.wake, self._presence)
+        self.place = self._room.place
         self._wake = threading.Event()
         self._closed = False
-        self._lacks_since_s = math.inf
+        #: By ticket, and "" for the headroom.
+        self._lacks_since_s: dict[str, float] = {}
         self._thread = threading.Thread(target=self._run, name="gpu-card-watch", daemon=True)
 
     def start(self) -> None:
@@ -186,7 +191,11 @@ class SharedCard:
             for ticket in self._strangers.asking.values():
                 asked.discard(ticket.key)
                 earlier = next((other for other in tickets if other.key == ticket.key), ticket)
-                mine.append(replace(ticket, arrived_s=min(ticket.arrived_s, earlier.arrived_s)))
+                arrived_s = min(ticket.arrived_s, earlier.arrived_s)
+                if now_s <= arrived_s + GIVEN_UP_AFTER_S:
+                    mine.append(replace(ticket, arrived_s=arrived_s))
+                else:  # as the first process that has noticed it says
+                    asked.add(ticket.key)
             for key in asked:  # they need no more
                 tickets = leave(tickets, key)
             for ticket in mine:
@@ -200,15 +209,17 @@ class SharedCard:
 
     def _yield(self, tickets: Tickets, free_bytes: int, has_others: bool, now_s: float) -> None:
         """Leaves for the first in the queue and, if idle and not alone, while less than the headroom is free."""
-        first, lacks = next(iter(waiting(tickets, now_s)), None), list[tuple[int, Ticket | None]]()
-        if first is not None and first.wanted_bytes:
+        first = next((ticket for ticket in waiting(tickets, now_s) if ticket.wanted_bytes), None)
+        lacks = list[tuple[int, Ticket | None]]()
+        if first is not None:
             lacks.append((first.wanted_bytes - (free_bytes - claimed_bytes(alive(tickets, now_s))), first))
         if has_others:
             lacks.append((self.headroom_bytes - free_bytes, None))
         lacks = [(nbytes, needs) for nbytes, needs in lacks if nbytes > 0]
-        self._lacks_since_s = min(self._lacks_since_s, now_s) if lacks else math.inf
-        for nbytes, needs in lacks:
-            if now_s < self._lacks_since_s + STALE_AFTER_S:  # later, others do not give up what they should
+        keys = [needs.key if needs else "" for _, needs in lacks]
+        self._lacks_since_s = {key: self._lacks_since_s.get(key, now_s) for key in keys}
+        for key, (nbytes, needs) in zip(keys, lacks, strict=True):
+            if now_s < self._lacks_since_s[key] + PATIENCE_S:  # later, others do not give up what they should
                 nbytes = share_of(tickets, self._presence, nbytes, needs, now_s)
             if nbytes > 0:
                 self._leave(nbytes, needs)
@@ -259,7 +270,15 @@ def share_card(
                 f"无法创建排队目录（{error}）：请换一个目录（--gpu-share-dir）",
             ) from error
         board = Board(Path(sharing.folder), device.identity)
-    asking = Asking(sharing.neighbors, device, leaving.own_pids)
+
+    def own_pids() -> set[int]:
+        """Returns the processes of this project on the card, which the queue asks."""
+        peers: Tickets = ()
+        with contextlib.suppress(BoardBusy):
+            peers = alive(board.tickets(), time.monotonic())
+        return leaving.own_pids() | {ticket.pid for ticket in peers if not ticket.is_strangers}
+
+    asking = Asking(sharing.neighbors, device, own_pids)
     card = SharedCard(device, leaving, headroom_bytes=sharing.headroom_bytes, board=board, asking=asking)
     subscribe(lambda event: card.wake() if event.what == "began" else None)
     card.start()

@@ -85,15 +85,15 @@ def shortage(
     needed, free, claimed = readable_bytes(needed_bytes), _size(free_bytes), readable_bytes(claimed_bytes)
     held = [f"{other['name']} ({other['pid']}): {_size(other['bytes'])}" for other in others]
     if needed_bytes:
-        en, zh = [f"the card has {free} free of {needed} needed"], [f"显卡空闲 {free}，需要 {needed}"]
+        en, zh = [f"the GPU has {free} free, and {needed} are needed"], [f"显卡空闲 {free}，需要 {needed}"]
     else:
         en, zh = ["models of unknown size are loaded one at a time"], ["大小未知的模型逐个加载"]
     if claimed_bytes:
-        en.append(f"models on their way take {claimed} of it")
+        en.append(f"{claimed} are reserved for models that are being loaded")
         zh.append(f"正在移入的模型将占用其中 {claimed}")
     if earlier:
-        en.append(f"requests before this one: {earlier}")
-        zh.append(f"前面的请求：{earlier} 个")
+        en.append(f"before it in the queue for the GPU: {earlier}")
+        zh.append(f"在显卡的队列中，前面有 {earlier} 个")
     en.append(", ".join(held) or "no other process is known to use it")
     zh.append("，".join(held) or "未发现其他进程占用")
     return Sentence("; ".join(en), "；".join(zh))

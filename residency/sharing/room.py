@@ -19,7 +19,7 @@ from ..sentences import Sentence
 from .asking import Asking
 from .board import Board, BoardBusy, PrivateBoard
 from .processes import identity_of, other_processes, shortage
-from .tickets import STALE_AFTER_S, Ticket, Tickets, alive, claimed_bytes, enter, leave, step, waiting
+from .tickets import Ticket, Tickets, alive, claimed_bytes, enter, leave, offered_bytes, step, waiting
 
 T = TypeVar("T")
 
@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 STEP_EVERY_S = 0.05
 """Interval in which a waiting move looks for room."""
+
+PAUSE_S = 1.0
+"""Pause after the queue was busy. With `board.BUSY_AFTER_S`, claims are renewed before they are stale."""
 
 NAME_EVERY_S = 1.0
 """Interval in which a waiting move looks up which processes hold the card."""
@@ -65,6 +68,7 @@ class Room:
         board: the tickets of all processes of this project on the card, or of this process only.
         asking: the neighbours that are asked while a request lacks memory.
         wake: called when a move begins.
+        presence: how the keys begin of the tickets that mark the presence of this process.
     """
 
     def __init__(
@@ -75,9 +79,10 @@ class Room:
         board: Board | PrivateBoard,
         asking: Asking,
         wake: Callable[[], None],
+        presence: str,
     ) -> None:
         self._device, self._leaving, self._headroom_bytes = device, leaving, headroom_bytes
-        self._board, self._asking, self._wake = board, asking, wake
+        self._board, self._asking, self._wake, self._presence = board, asking, wake, presence
         #: The tickets of moves that run, and this process's bytes on the card before each; None if unknown.
         self._claims: dict[str, tuple[Ticket, int | None]] = {}
         self._busy_until_s = -math.inf
@@ -130,7 +135,7 @@ class Room:
         try:
             return self._board.change(act)
         except BoardBusy as error:
-            self._busy_until_s = time.monotonic() + STALE_AFTER_S
+            self._busy_until_s = time.monotonic() + PAUSE_S
             if not self._warned:
                 self._warned = True
                 logger.warning("The queue for the card is not used: %s", error)
@@ -144,13 +149,15 @@ class Room:
 
     def _wait(self, ticket: Ticket, arrival: Arrival) -> None:
         pause, named_s = threading.Event(), -math.inf
-        while not self._claim(ticket, planned=arrival.asked_s is None):
+        while (tickets := self._claim(ticket, planned=arrival.asked_s is None)) is not None:
             if arrival.asked_s is None or not arrival.is_wanted():
                 raise NoRoomNow
             memory = self._device.memory()
             lacking_bytes = 0 if memory.free_bytes is None else ticket.wanted_bytes - memory.free_bytes
-            if lacking_bytes > 0 and self._leaving.leave(lacking_bytes, ticket.arrived_s)[1] > 0:
-                self._asking.ask(ticket.wanted_bytes, arrival.is_wanted)
+            if lacking_bytes > 0:
+                lacking_bytes = self._leaving.leave(lacking_bytes, ticket.arrived_s)[1]
+                if lacking_bytes > offered_bytes(tickets, self._presence):  # more than idle models give up
+                    self._asking.ask(ticket.wanted_bytes, arrival.is_wanted)
             if (now_s := time.monotonic()) >= named_s + NAME_EVERY_S:
                 named_s = now_s
                 arrival.waits(ticket.wanted_bytes, self._reason(ticket, memory.free_bytes, now_s))
@@ -163,15 +170,18 @@ class Room:
         place = earlier.index(ticket.key) if ticket.key in earlier else 0
         return shortage(ticket.wanted_bytes, free_bytes, others, claimed_bytes(alive(tickets, now_s)), place)
 
-    def _claim(self, ticket: Ticket, planned: bool) -> bool:
-        def act(tickets: Tickets) -> tuple[Tickets, bool]:
+    def _claim(self, ticket: Ticket, planned: bool) -> Tickets | None:
+        """Claims the bytes; returns None if they are claimed, else all tickets that count."""
+
+        def act(tickets: Tickets) -> tuple[Tickets, tuple[bool, Tickets]]:
             now_s, free_bytes = time.monotonic(), self._device.memory().free_bytes
             if free_bytes is not None and planned:
                 free_bytes -= self._headroom_bytes
-            return step(tickets, replace(ticket, beat_s=now_s), free_bytes, now_s)
+            tickets, claimed = step(tickets, replace(ticket, beat_s=now_s), free_bytes, now_s)
+            return tickets, (claimed, tickets)
 
-        claimed = self.change(act)
-        if claimed is not None:
-            return claimed
+        if (answer := self.change(act)) is not None:
+            claimed, tickets = answer
+            return None if claimed else tickets
         free_bytes = self._device.memory().free_bytes  # without the queue
-        return free_bytes is None or free_bytes >= ticket.wanted_bytes
+        return None if free_bytes is None or free_bytes >= ticket.wanted_bytes else ()

@@ -11,7 +11,7 @@ SATISFIED_AFTER_S = 1.0
 """Time without growth, while the headroom is free, after which a process needs no more."""
 
 GIVEN_UP_AFTER_S = 30.0
-"""The same while less is free."""
+"""Time after its first need, while less is free, after which a process goes to the end of the queue."""
 
 
 class Strangers:
@@ -45,7 +45,7 @@ class Strangers:
                 self.asking[pid] = Ticket(f"{STRANGER}{pid}", "", pid, now_s, wanted_bytes, now_s)
         for pid, ticket in list(self.asking.items()):
             has_room = free_bytes >= self._headroom_bytes
-            ends_s = self._grew_s[pid] + (SATISFIED_AFTER_S if has_room else GIVEN_UP_AFTER_S)
+            ends_s = self._grew_s[pid] + SATISFIED_AFTER_S if has_room else ticket.arrived_s + GIVEN_UP_AFTER_S
             if now_s > ends_s or pid not in held:
                 del self.asking[pid]
             else:

@@ -81,8 +81,10 @@ def step(tickets: Tickets, mine: Ticket, free_bytes: int | None, now_s: float) -
     """
     here = next((ticket for ticket in tickets if ticket.key == mine.key), mine)
     others = alive(leave(tickets, mine.key), now_s)
-    claimed = here.claimed or _may_claim(here, others, free_bytes)
-    return (*others, replace(here, beat_s=now_s, claimed=claimed)), claimed
+    has_claimed = here.claimed and here.wanted_bytes == mine.wanted_bytes  # not what an earlier attempt has claimed
+    here = replace(here, wanted_bytes=mine.wanted_bytes, beat_s=now_s)
+    claimed = has_claimed or _may_claim(here, others, free_bytes)
+    return (*others, replace(here, claimed=claimed)), claimed
 
 
 def waiting(tickets: Tickets, now_s: float) -> list[Ticket]:
@@ -95,6 +97,11 @@ def claimed_bytes(tickets: Iterable[Ticket]) -> int:
     return sum(max(0, ticket.wanted_bytes - ticket.card_bytes) for ticket in tickets if _moves(ticket))
 
 
+def offered_bytes(tickets: Iterable[Ticket], mine: str) -> int:
+    """Returns what idle models of other processes give up; keys of this process's presence begin with ``mine``."""
+    return sum(ticket.card_bytes for ticket in tickets if ticket.marks_presence and not ticket.key.startswith(mine))
+
+
 def share_of(tickets: Iterable[Ticket], mine: str, lacking_bytes: int, needs: Ticket | None, now_s: float) -> int:
     """Returns how many of the lacking bytes a process gives up; keys of its presence tickets begin with ``mine``.
 
@@ -103,7 +110,8 @@ def share_of(tickets: Iterable[Ticket], mine: str, lacking_bytes: int, needs: Ti
     """
     offers = [ticket for ticket in alive(tickets, now_s) if ticket.marks_presence and ticket.card_bytes]
     share = 0
-    for offer in sorted(offers, key=lambda offer: (needs is None or offer.pid != needs.pid, _order(offer))):
+    needing = needs and (needs.pid, needs.started)
+    for offer in sorted(offers, key=lambda offer: ((offer.pid, offer.started) != needing, _order(offer))):
         if lacking_bytes <= 0:
             break
         lacking_bytes -= offer.card_bytes
@@ -112,10 +120,11 @@ def share_of(tickets: Iterable[Ticket], mine: str, lacking_bytes: int, needs: Ti
 
 
 def _may_claim(mine: Ticket, others: Tickets, free_bytes: int | None) -> bool:
-    if any(not other.claimed and _order(other) < _order(mine) for other in others):
-        return False
     moving = [other for other in others if _moves(other)]
-    if mine.wanted_bytes == 0 and any(other.wanted_bytes == 0 for other in moving):
+    loads = any(other.wanted_bytes == 0 for other in moving)
+    # First loads that wait for another one hold up nobody: they need no bytes that are known.
+    earlier = [other for other in others if not other.claimed and _order(other) < _order(mine)]
+    if any(other.wanted_bytes or not loads for other in earlier) or (mine.wanted_bytes == 0 and loads):
         return False
     if free_bytes is None:
         return not moving

@@ -21,9 +21,10 @@ from shared_card import MB, OnCard, service
 from gpu_manager import GPUResourceManager, RequestTimeout, Sharing, SimulatedDevice, State
 from residency.clock import ManualClock
 from residency.devices.named_cards import path_of
-from residency.scheduling.leaving import LONGEST_STAY_S
+from residency.scheduling.leaving import LONGEST_STAY_S, Leaving
 from residency.sharing.board import Board
 from residency.sharing.tickets import PRESENCE, Ticket
+from residency.status_types import QueuedMove
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs a card shared by processes (Linux)")
 
@@ -54,6 +55,24 @@ def manager(card: str, tmp_path: Path) -> Iterator[GPUResourceManager]:
     with GPUResourceManager(SimulatedDevice(CAPACITY, shared=card), keep_warm=600, sharing=sharing) as manager:
         manager.register("tts", lambda: Weights(60 * MB))
         yield manager
+
+
+def layer_by_layer(manager: GPUResourceManager, nbytes: int) -> Weights:
+    """Loads as an engine does that finds out at each layer whether it fits."""
+    taken_bytes = 0
+    try:
+        while taken_bytes < nbytes:
+            manager.device.charge(5 * MB)
+            taken_bytes += 5 * MB
+    finally:
+        manager.device.refund(taken_bytes)
+    return Weights(nbytes)
+
+
+def queue(manager: GPUResourceManager) -> list[QueuedMove]:
+    status = manager.status()["sharing"]
+    assert status
+    return status["queue"]
 
 
 class Queue(Board):
@@ -156,14 +175,8 @@ def test_a_first_load_is_tried_again_as_long_as_others_hold_a_part_of_the_card(
 
     def load() -> Weights:
         nonlocal tries
-        tries, taken_bytes = tries + 1, 0
-        try:
-            while taken_bytes < 60 * MB:  # as an engine does that allocates layer by layer
-                manager.device.charge(5 * MB)
-                taken_bytes += 5 * MB
-        finally:
-            manager.device.refund(taken_bytes)
-        return Weights(60 * MB)
+        tries += 1
+        return layer_by_layer(manager, 60 * MB)
 
     manager.register("asr", load)
     with ThreadPoolExecutor(1) as pool:
@@ -186,6 +199,39 @@ def test_a_first_load_fails_if_others_hold_next_to_nothing(
     manager.register("asr", lambda: Weights(CAPACITY))
     with pytest.raises(MemoryError), manager.lease("asr"):
         pass
+
+
+def test_a_first_load_that_fits_beside_what_others_keep_is_not_held_up(
+    manager: GPUResourceManager, start: Callable[..., OnCard]
+) -> None:
+    stranger = start()
+    assert stranger.do("grow", 80 * MB)
+    manager.register("asr", lambda: layer_by_layer(manager, 70 * MB))
+    with ThreadPoolExecutor(1) as pool:
+        request = pool.submit(use, manager, "asr")
+        until(lambda: queue(manager) and not queue(manager)[0]["claimed"])
+        assert stranger.do("shrink", 65 * MB)
+        request.result(60)
+
+
+def test_a_first_load_does_not_wait_for_memory_of_its_own_process(
+    manager: GPUResourceManager, start: Callable[..., OnCard]
+) -> None:
+    assert start().do("grow", 5 * MB)
+    manager.configure("tts", keep_warm=-1)
+    use(manager)
+    manager.register("asr", lambda: layer_by_layer(manager, 60 * MB))
+    with pytest.raises(MemoryError), manager.lease("asr", timeout=60):
+        pass
+
+
+def test_a_model_in_use_is_not_the_first_to_leave(manager: GPUResourceManager) -> None:
+    leaving = Leaving(manager._dispatcher)
+    use(manager)
+    with manager.lease("tts"):
+        until(lambda: leaving.leave(60 * MB, time.monotonic())[0])  # once its minimum stay has ended
+        assert leaving.offers() == {}
+    assert manager.wait_for("tts", State.HOST, 60)
 
 
 def test_a_planned_return_takes_no_memory_that_was_freed_for_others(
@@ -305,7 +351,7 @@ def test_requests_are_served_in_order_of_arrival_across_processes(
         first.send("take")
         until(lambda: len(board.moves()) == 1)
         second.send("take", 3)
-        assert "requests before this one: 1" in second.answer()
+        assert "before it in the queue for the GPU: 1" in second.answer()
         second.send("take")
         until(lambda: len(board.moves()) == 2)
     assert first.answer() == 255
@@ -356,6 +402,18 @@ def test_a_manager_that_is_closed_leaves_nothing_in_the_queue(
     until(lambda: watched(tmp_path, card))
     manager.close()
     assert Queue(tmp_path, card).tickets() == ()
+
+
+def test_other_users_may_change_the_queue_and_undo_a_transaction(tmp_path: Path, card: str) -> None:
+    before = os.umask(0o077)
+    try:
+        board = Queue(tmp_path, card)
+        board.change(lambda tickets: (tickets, None))
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.iterdir() if path.name.startswith(board.path.name)]
+    assert len(files) == 2
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666}
 
 
 def test_without_the_queue_requests_are_served_all_the_same(

@@ -98,7 +98,7 @@ def test_a_request_waits_for_memory_of_another_process_and_names_it(
     assert stranger.do("grow", 80 * MB)
     with pytest.raises(RequestTimeout) as caught, manager.lease("tts", timeout=0.5):
         pass
-    assert f"20 MB free of 60 MB needed; python ({stranger.pid}): 80 MB" in caught.value.en
+    assert f"20 MB free, and 60 MB are needed; python ({stranger.pid}): 80 MB" in caught.value.en
     assert stranger.do("shrink", 80 * MB)
     use(manager)
 

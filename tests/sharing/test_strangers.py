@@ -33,3 +33,10 @@ def test_one_that_stops_growing_on_a_full_card_asks_no_more_after_a_while() -> N
     assert asking(*grown, (95, 5, GIVEN_UP_AFTER_S)) == [PID]
     assert asking(*grown, (95, 5, 1.1 + GIVEN_UP_AFTER_S)) == []
     assert asking(*grown, (0, 100, 1.2)) == [], "it has ended"
+
+
+def test_one_that_grows_again_and_again_goes_to_the_end_of_the_queue_after_a_while() -> None:
+    flickers = [(95 + each % 2, 5, float(each)) for each in range(int(GIVEN_UP_AFTER_S) + 3)]
+    assert asking((5, 90, -1.0), *flickers[:-2]) == [PID]
+    assert asking((5, 90, -1.0), *flickers[:-1]) == []
+    assert asking((5, 90, -1.0), *flickers) in ([PID], []), "with a new place"
