@@ -6,6 +6,7 @@ Composition root: flags -> replicas with one managed engine each -> the FastAPI 
 
 from __future__ import annotations
 
+import logging
 import shlex
 import shutil
 import tempfile
@@ -24,11 +25,8 @@ if TYPE_CHECKING:
     from residency.launch.settings import Settings
 
 
-MODELS_PER_REPLICA = 3
-"""Maximum of engines in one replica: idle ones are in its main memory."""
-
 CLOSED_WITHIN_S = 30.0
-"""Maximum duration of running calls after the end of a replica has begun."""
+"""Maximum duration of moves at the end of a replica, whose calls have ended before."""
 
 
 def _parsed(*flags: str) -> Settings:
@@ -43,6 +41,9 @@ def _parsed(*flags: str) -> Settings:
         raise InvalidInput(
             f"Wrong flags, see the line before: {shlex.join(words)}", f"参数错误，见上一行：{shlex.join(words)}"
         ) from None
+
+
+logger = logging.getLogger(__name__)
 
 
 class Arguments(BaseModel):
@@ -72,22 +73,30 @@ class Engine:
         self._metrics = RayMetrics(self._manager)
 
     async def call(self, asked: Asked) -> Answered:
-        """Returns the answer of the engine; see `Replica.call`."""
-        replica = await self._replica(serve.get_multiplexed_model_id() or next(iter(self._models)))
+        """Returns the answer of the engine; see `Replica.call`. Errors cross the processes as part of it."""
+        from residency.cluster.replica import failed
+
+        try:
+            replica = await self._replica(serve.get_multiplexed_model_id() or next(iter(self._models)))
+        except Exception as error:
+            return failed(error)
         return await replica.call(asked)
 
-    @serve.multiplexed(max_num_models_per_replica=MODELS_PER_REPLICA)
+    @serve.multiplexed(max_num_models_per_replica=-1)
     async def _replica(self, model: str) -> Replica:
-        """Returns the engine of a model; Serve forgets the one that was not used for longest, and it is closed."""
+        """Returns the engine of a model. Their number has no limit: the manager releases those that are idle."""
         import app
         from residency.cluster.replica import Replica
 
         settings = _parsed(self._models[model], self._flags, "--enable-gpu-management")
-        return Replica(app.managed(settings, self._manager, app.choose_engine(settings), model))
+        return Replica(app.managed(settings, self._manager, app.choose_engine(settings), model), self._manager)
 
     def check_health(self) -> None:
         """Called by Serve every few seconds, which starts another replica after errors. Passes the metrics on."""
-        self._metrics.update()
+        try:
+            self._metrics.update()
+        except Exception:
+            logger.exception("The metrics were not passed on")
         if lost := self._manager.device_lost:
             raise lost
 
@@ -128,5 +137,7 @@ def build(arguments: Arguments) -> serve.Application:
 
 def bound(arguments: Arguments, engine: serve.Deployment, api: serve.Deployment) -> serve.Application:
     """Returns the application of two deployments: `Engine` and `Api`, with options."""
-    _parsed(arguments.engine, "--enable-gpu-management")  # a wrong flag fails here, and not in each replica
+    # Wrong flags fail here, and not in each replica. Those of models name folders that may be on other machines.
+    _parsed(arguments.api)
+    _parsed(arguments.engine, "--enable-gpu-management")
     return api.bind(arguments.api, arguments.models, engine.bind(arguments.engine, arguments.models))

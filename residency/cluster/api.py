@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..engines.step_audio_facts import TARGET_CHARACTERS
 from ..launch.settings import Settings
 from ..scheduling.policies import keep_alive_seconds
 from ..web.api.control import build as build_api
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def build(settings: Settings, models: Mapping[str, bool], replicas: DeploymentHandle[Any], folder: str) -> ASGIApp:
-    """Returns the application, with the limits of uploads and the guard against other sites of app.py.
+    """Returns the application, with the limits of uploads and the refusal of other sites' pages of app.py.
 
     Args:
         models: the names of the models, and whether each is the built-in engine.
@@ -41,10 +42,11 @@ def build(settings: Settings, models: Mapping[str, bool], replicas: DeploymentHa
     recordings = Recordings(folder, settings.max_disk)
     voices = voice_store(settings.voices_dir or folder)
     queue = SpeechQueue("tts", settings.max_requests)
-    limits = Limits(settings.max_audio, settings.max_text or Limits.text, settings.max_text or Limits.target_text)
     speakers = {}
     for name, builtin in models.items():
         engine = RayTTS(replicas, name, builtin)
+        most = settings.max_text or (Limits.target_text if builtin else TARGET_CHARACTERS)
+        limits = Limits(settings.max_audio, settings.max_text or Limits.text, most)
         service = SpeechService(engine, engine.edit_types, recordings, None, limits, queue)
         speakers[name] = Speaker(service, voices)
     first = next(iter(speakers))

@@ -27,9 +27,9 @@ def connect(address: str) -> RayTTS:
         from ray.serve.exceptions import RayServeException
     before = signal.getsignal(signal.SIGTERM)
     try:
-        host, _, port = address.removeprefix("ray://").rpartition(":")
+        host, _, port = address.rpartition(":")
         if port.isdecimal():  # Ray itself tries for minutes
-            socket.create_connection((host, int(port)), ANSWERED_WITHIN_S).close()
+            socket.create_connection((host.strip("[]"), int(port)), ANSWERED_WITHIN_S).close()
         ray.init(address, namespace="serve", log_to_driver=False, logging_level=logging.WARNING)
         api = serve.get_deployment_handle(API, APPLICATION)
         models: dict[str, bool] = api.models.remote().result(timeout_s=ANSWERED_WITHIN_S)

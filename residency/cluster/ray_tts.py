@@ -6,7 +6,8 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from functools import cache
+from contextlib import suppress
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,18 +16,21 @@ import cloudpickle  # type: ignore[import-untyped]
 from ..cancellation import checkpoint, current
 from ..engines.builtin import supported_edit_types
 from ..engines.text import speakable, spoken_by_step_audio
-from ..errors import ResidencyError
+from ..errors import DeviceLost, ManagerClosed, NotReady, WorkerEnded
 from ..remote_errors import rebuilt
 from ..web.speech.task_names import STEP_AUDIO_EDIT_TYPES
 from .replica import Answered, Asked
 
 if TYPE_CHECKING:
     import torch
-    from ray.serve.handle import DeploymentHandle
+    from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
+
+ATTEMPTS = 5
+"""Maximum number of replicas that are asked for one call if the device or the worker process of each fails."""
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 """Pauses between two attempts: each is twice as long as the one before."""
@@ -36,10 +40,15 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 def _retried() -> Any:
     from ray.util.metrics import Counter
 
-    return Counter("gpu_manager_retried_calls", "Calls that were sent again since a replica has not answered.")
+    return Counter("gpu_manager_retried_calls", "Calls that were sent again because a replica has not answered.")
 
 
-class NoReplica(ResidencyError):
+def _cancel(response: DeploymentResponse[Any]) -> None:
+    with suppress(Exception):  # of a call that has failed already
+        response.cancel()
+
+
+class NoReplica(NotReady):
     """No replica has answered a call."""
 
     en = "No replica of the engine answered: look at `serve status`, and send the request again."
@@ -85,11 +94,20 @@ class RayTTS:
         import torch
 
         asked = Asked(method, Path(path).read_bytes(), os.path.splitext(path)[1], arguments)
-        answered = self._answer(asked)
-        if answered.samples is None:
+        attempts = ATTEMPTS
+        while (answered := self._answer(asked)).samples is None:
             assert answered.error is not None
-            raise rebuilt(answered.error, cloudpickle.loads)
+            error, attempts = rebuilt(answered.error, cloudpickle.loads), attempts - 1
+            if not isinstance(error, DeviceLost | WorkerEnded | ManagerClosed) or not attempts:
+                raise error
+            self._again(error, LONGEST_PAUSE_S)
         return torch.from_numpy(answered.samples.copy())[None], answered.sample_rate
+
+    @staticmethod
+    def _again(error: BaseException, pause_s: float) -> None:
+        logger.warning("A replica has not answered; another one is asked: %s", error)
+        _retried().inc()
+        time.sleep(pause_s)
 
     def _answer(self, asked: Asked) -> Answered:
         from ray.exceptions import GetTimeoutError, RayError, RayTaskError
@@ -100,7 +118,7 @@ class RayTTS:
             checkpoint()
             response = self._replicas.call.remote(asked)
             if cancellation := current():
-                cancellation.on_cancel(response.cancel)
+                cancellation.on_cancel(partial(_cancel, response))
             try:
                 answered: Answered = response.result(timeout_s=max(0.0, until_s - time.monotonic()))
                 return answered
@@ -115,7 +133,5 @@ class RayTTS:
             except (RayError, RayServeException) as error:  # its process or its machine has ended
                 if time.monotonic() + pause_s > until_s:
                     raise NoReplica from error
-                logger.warning("A replica has not answered; another one is asked: %s", error)
-            _retried().inc()
-            time.sleep(pause_s)
+                self._again(error, pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)

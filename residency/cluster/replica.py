@@ -6,9 +6,9 @@ import asyncio
 import contextvars
 import os
 import tempfile
-import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from ..cancellation import Cancellation, cancelled_by
 from ..contracts import Engine
-from ..errors import ManagerClosed, UnknownModel
 from ..remote_errors import ErrorRecord, recorded
 
 
@@ -42,22 +41,29 @@ class Answered:
     error: ErrorRecord | None = None
 
 
-class Closable(Engine, Protocol):
-    """A managed engine."""
+def failed(error: Exception) -> Answered:
+    """Returns the answer of a call that has raised an error."""
+    return Answered(error=recorded(error, cloudpickle.dumps))
 
-    def close(self) -> None:
-        """Releases it after its running calls."""
+
+class Manager(Protocol):
+    """The manager of the engine."""
+
+    def watching(self, watch: Callable[[Any], object]) -> AbstractContextManager[None]: ...
 
 
 class Replica:
     """Calls a managed engine. Calls run in threads; the queue of the engine's manager orders them."""
 
-    def __init__(self, engine: Closable) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, manager: Manager) -> None:
+        self._engine, self._manager = engine, manager
         self._threads = ThreadPoolExecutor(64, "speech")
 
     async def call(self, asked: Asked) -> Answered:
-        """Returns the answer of the engine. If the call is cancelled, so is the engine at its next step."""
+        """Returns the answer of the engine.
+
+        If the call is cancelled, it leaves the queue, or the engine ends at its next step.
+        """
         cancellation = Cancellation()
         context = contextvars.copy_context()
         work = asyncio.get_running_loop().run_in_executor(
@@ -69,23 +75,15 @@ class Replica:
             cancellation.cancel()
             raise
 
-    def __del__(self) -> None:
-        """Called when another model takes its place in the process."""
-        threading.Thread(target=self._closed, name="close-model", daemon=True).start()
-
-    def _closed(self) -> None:
-        with suppress(UnknownModel, ManagerClosed):  # the process ends
-            self._engine.close()
-
     def _answer(self, asked: Asked, cancellation: Cancellation) -> Answered:
         handle, path = tempfile.mkstemp(suffix=asked.suffix)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(asked.recording)
-            with cancelled_by(cancellation):
+            with cancelled_by(cancellation), self._manager.watching(lambda lease: cancellation.on_cancel(lease.cancel)):
                 audio, sample_rate = getattr(self._engine, asked.method)(path, *asked.arguments)
             return Answered(np.asarray(audio, dtype=np.float32).reshape(-1), sample_rate)
         except Exception as error:
-            return Answered(error=recorded(error, cloudpickle.dumps))
+            return failed(error)
         finally:
             os.unlink(path)

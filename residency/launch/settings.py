@@ -203,7 +203,7 @@ class Settings:
         "auto)",
         choices=["auto", "builtin", "step-audio", "ray"], unset="auto", group="engine")
     ray_address: str = _flag(
-        "auto", "the cluster of --engine ray: HOST:PORT, ray://HOST:PORT, or auto, the one that runs on this machine "
+        "auto", "the cluster of --engine ray: HOST:PORT, or auto, the one that runs on this machine "
         "(default: auto)", metavar="ADDRESS")
     asr_model: str | None = _flag(
         None, "speech recognition for --enable-auto-transcribe: a folder, or the id of a model on a hub (default: the "

@@ -120,6 +120,7 @@ _CODES: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (ShuttingDown, 503, "server_error", "shutting_down"),
     (errors.DeviceLost, 503, "server_error", "device_lost"),
     (errors.WorkerEnded, 503, "server_error", "worker_ended"),
+    (errors.NotReady, 503, "server_error", "not_ready"),
     (errors.RequestCancelled, 503, "server_error", "cancelled"),
     (errors.RequestStopped, 503, "server_error", "cancelled"),
 )
