@@ -297,10 +297,11 @@ def _recognizer(settings: Settings, manager: GPUResourceManager | None) -> Calla
 
     if manager is None:
         return load()
+    from residency.web.speech.service import RECOGNIZER
     from tts_gpu_managed import ask
 
-    manager.register("asr", load, load_timeout=settings.gpu_load_timeout)
-    return lambda recording: ask(manager, "asr", lambda recognize: recognize(recording))
+    manager.register(RECOGNIZER, load, load_timeout=settings.gpu_load_timeout)
+    return lambda recording: ask(manager, RECOGNIZER, lambda recognize: recognize(recording))
 
 
 def _end(page: Page, manager: GPUResourceManager | None, grace_s: float) -> None:

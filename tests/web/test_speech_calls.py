@@ -23,6 +23,7 @@ import openai
 import pytest
 import soundfile
 from app_process import wait_until
+from fakes import Gate, Worker
 from local_server import Served as Server
 from raw_http import begun
 from served_tones import Served
@@ -765,6 +766,36 @@ class TestTranscriptions:
             data = {"model": "whisper-1", **({"response_format": form} if form else {})}
             assert served.client().post("/v1/audio/transcriptions", data=data, files={"file": file}).text == answer
         assert served.left() == []
+
+    def test_without_a_manager_one_at_a_time(self, tmp_path: Path, recording: str) -> None:
+        gate, current, most = Gate(), list[str](), list[int]()
+
+        def recognize(path: str) -> str:
+            current.append(path)
+            gate.pass_through()
+            most.append(len(current))
+            current.remove(path)
+            return "heard"
+
+        served = Served(tmp_path, recognize=recognize, managed=False)
+        server = Server(served.app)
+        try:
+            url = f"http://127.0.0.1:{server.port}/v1/audio/transcriptions"
+            form = httpx.Request("POST", url, files={"file": Path(recording).read_bytes()})
+            content, kind = form.read(), {"content-type": form.headers["content-type"]}
+            first = Worker(lambda: httpx.post(url, content=content, headers=kind).text)
+            gate.wait_for_arrival()
+            second = Worker(lambda: httpx.post(url, content=content, headers=kind).text)
+            assert wait_until(lambda: served.service.running == 2)
+            with begun(server.port, "/v1/audio/transcriptions", content, f"content-type: {kind['content-type']}"):
+                assert wait_until(lambda: served.service.running == 3)
+            assert wait_until(lambda: served.service.running == 2), "a client that leaves leaves the queue"
+            gate.open()
+            assert [each.result() for each in (first, second)] == ['{"text": "heard"}'] * 2
+        finally:
+            gate.open()
+            server.close()
+        assert most == [1, 1]
 
     def test_empty_fields_are_as_if_absent(self, tmp_path: Path, recording: str) -> None:
         served = Served(tmp_path, recognize=lambda path: "heard")

@@ -14,6 +14,7 @@ from ...receipts import Receipt
 
 _STATE = "cpu"
 """State of an engine without a manager, which is never moved."""
+_watch = contextvars.ContextVar[Callable[[Any], object] | None]("watch_queued", default=None)
 
 
 class QueuedRequest:
@@ -59,7 +60,6 @@ class SpeechQueue:
         self.changed = threading.Condition()
         self.requests: list[QueuedRequest] = []
         self._closed = False
-        self._watch = contextvars.ContextVar[Callable[[Any], object] | None]("watch_queued", default=None)
         self._mine = contextvars.ContextVar("uses_engine", default=False)
 
     @contextmanager
@@ -72,7 +72,7 @@ class SpeechQueue:
             yield
             return
         request, began_s = QueuedRequest(self), time.monotonic()
-        if watch := self._watch.get():
+        if watch := _watch.get():
             watch(request)
         with self.changed:
             if self._closed:
@@ -107,12 +107,12 @@ class SpeechQueue:
 
     @contextmanager
     def watching(self, watch: Callable[[Any], object]) -> Iterator[None]:
-        """Calls ``watch`` with each request within this block, before it waits."""
-        token = self._watch.set(watch)
+        """Calls ``watch`` with each request, of any queue, within this block, before it waits."""
+        token = _watch.set(watch)
         try:
             yield
         finally:
-            self._watch.reset(token)
+            _watch.reset(token)
 
     def status(self) -> Any:
         """Returns the parts of a manager's status that `WaitingRequests` reads."""
