@@ -280,7 +280,7 @@ class SpeechCalls:
     ) -> Streamed:  # fmt: skip
         """Returns the response of ``work``, for whose result ``most_bytes`` are reserved. It closes ``held``.
 
-        The first model's queue is joined at its ``turn``.
+        At its ``turn`` the request enters the queue of each model.
         """
         leases: list[Any] = []
 
@@ -291,8 +291,7 @@ class SpeechCalls:
                 if cancellation := current():
                     cancellation.on_cancel(lease.cancel)
                 if turn:
-                    turn.wait()
-                    lease.queued = turn.end
+                    turn.joins(lease)
 
             if turn and (cancellation := current()):
                 cancellation.on_cancel(turn.end)
@@ -302,7 +301,7 @@ class SpeechCalls:
         room = partial(self.recordings.reserved_until_known, most_bytes)
         return Streamed(
             watched, media_type, self.service.folder, room, held, self.threads, status=status, headers=headers,
-            sse=sse, server_timing=lambda: server_timing(leases),
+            sse=sse, server_timing=lambda: server_timing(leases, turn.waited_s if turn else 0.0),
         )  # fmt: skip
 
     def _check_change(self, request: Request) -> None:

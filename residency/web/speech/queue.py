@@ -71,9 +71,10 @@ class SpeechQueue:
         if self._mine.get():
             yield
             return
-        request, began_s = QueuedRequest(self), time.monotonic()
+        request = QueuedRequest(self)
         if watch := _watch.get():
             watch(request)
+        began_s = time.monotonic()
         with self.changed:
             if self._closed:
                 raise ManagerClosed
