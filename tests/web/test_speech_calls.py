@@ -611,6 +611,65 @@ class TestLimits:
             assert error(refused)["type"] == "rate_limit_error"
             assert speech(served, client).status_code == 200
 
+    @pytest.mark.parametrize("call", ["speech", "edits", "transcriptions", "voices"])
+    def test_bodies_that_arrive_slowly_take_no_places(self, tmp_path: Path, call: str) -> None:
+        served = Served(tmp_path, most=1, recognize=lambda path: "words")
+        server = Server(served.app)
+        form = ["content-type: multipart/form-data; boundary=b"] if call == "transcriptions" else []
+        begin = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n' if form else b'{"input": "'
+        try:
+            with begun(server.port, f"/v1/audio/{call}", begin, *form, length=1000) as slow:
+                slow.sendall(b"x")
+                url = f"http://127.0.0.1:{server.port}/v1/audio"
+                assert wait_until(lambda: httpx.get(f"{url}/voices").status_code == 200)
+                body = {"input": "Hello.", "voice": "high", "response_format": "pcm"}
+                assert httpx.post(f"{url}/speech", json=body, timeout=60).status_code == 200
+        finally:
+            server.close()
+            served.manager.close()
+
+    def test_json_that_arrives_slowly_is_on_the_disk(self, tmp_path: Path) -> None:
+        served = Served(tmp_path, disk=25_000_000)
+        server = Server(served.app)
+        body = b'{"voice": "high", "input": "' + b"x" * 200_000
+        try:
+            with begun(server.port, "/v1/audio/speech", body, length=10_000_000):
+                assert wait_until(lambda: served.recordings._reserved_bytes >= 9_900_000)
+                with begun(server.port, "/v1/audio/speech", body, length=20 << 20) as full:
+                    assert full.recv(12) == b"HTTP/1.1 507"
+            assert wait_until(lambda: served.recordings._reserved_bytes == 0)
+        finally:
+            server.close()
+            served.manager.close()
+        assert served.left() == []
+
+    def test_recordings_in_json_wait_on_the_disk(self, tmp_path: Path, recording: str) -> None:
+        sizes: list[float] = []
+        served = Served(tmp_path, most=1)
+        readable = served.service.incoming.readable
+
+        def seen(path: str | None) -> str:
+            sizes.append(served.recordings._reserved_bytes)
+            return readable(path)
+
+        served.service.incoming.readable = seen  # type: ignore[method-assign]
+        content = Path(recording).read_bytes()
+        audio = base64.b64encode(content).decode()
+        taken = served.slots.taken
+
+        @contextmanager
+        def counted() -> Iterator[None]:
+            sizes.append(served.recordings._reserved_bytes)
+            with taken():
+                yield
+
+        served.slots.taken = counted  # type: ignore[method-assign]
+        with served.manager:
+            assert speech(served, voice=None, ref_audio=audio, ref_text="words").status_code == 200
+        assert sizes == [len(content), len(content)], "its file, then the copy for the engine"
+        assert served.recordings._reserved_bytes == 0
+        assert served.left() == []
+
 
 def store(served: Served, recording: str, name: str = "Ada", client: TestClient | None = None, **fields: Any) -> Any:
     data = {"name": name, "text": "the words", **fields}
