@@ -136,8 +136,7 @@ def _serve(settings: Settings, signals: Signals) -> None:
     if settings.api_keys and not settings.auth:
         logger.warning("%s", _OPEN_PAGE)
     speech = _speech_calls(settings, tab, keys, chosen.name)
-    news = tab.panel.news if tab.panel else None
-    api = build_api(manager, permissions, news, signed_in, lambda: page.serves, speech)
+    api = build_api(manager, permissions, tab.panel.news if tab.panel else None, signed_in, lambda: page.serves, speech)
     names = (settings.server_name, *settings.allowed_hosts, urlsplit(settings.root_path).hostname or "")
     signals.before_quit(page.close_tunnels)
     try:
@@ -297,10 +296,11 @@ def _recognizer(settings: Settings, manager: GPUResourceManager | None) -> Calla
 
     if manager is None:
         return load()
+    from residency.web.speech.service import RECOGNIZER
     from tts_gpu_managed import ask
 
-    manager.register("asr", load, load_timeout=settings.gpu_load_timeout)
-    return lambda recording: ask(manager, "asr", lambda recognize: recognize(recording))
+    manager.register(RECOGNIZER, load, load_timeout=settings.gpu_load_timeout)
+    return lambda recording: ask(manager, RECOGNIZER, lambda recognize: recognize(recording))
 
 
 def _end(page: Page, manager: GPUResourceManager | None, grace_s: float) -> None:

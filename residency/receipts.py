@@ -22,9 +22,10 @@ Waited = tuple[float, Literal["load", "restore"] | None, float]
 class Receipt:
     """How long a request waited for its model, in seconds of the manager's clock.
 
-    ``waited_s``, from its arrival until it had the model, is ``queue_s + move_s``. ``move_s``: of that, the time in
-    which the model was loaded or restored; ``move``: which of the two, the last one if there were several; None if the
-    model was on the device. ``queue_s``: the rest, for requests before it, room on the device, and offloads.
+    ``waited_s``, from its entry into the model's queue until it had the model, is ``queue_s + move_s``. ``move_s``: of
+    that, the time in which the model was loaded or restored; ``move``: which of the two, the last one if there were
+    several; None if the model was on the device. ``queue_s``: the rest, for requests before it, room on the device, and
+    offloads.
     """
 
     waited_s: float

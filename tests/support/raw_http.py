@@ -48,11 +48,10 @@ def ask(
     return Answer(int(status[1]), {name: "\n".join(values) for name, values in named.items()}, text)
 
 
-def begun(port: int, path: str, body: bytes, length: int | None = None) -> socket.socket:
+def begun(port: int, path: str, body: bytes, *headers: str, length: int | None = None) -> socket.socket:
     """Sends a POST request with the begin of a body, of ``length`` bytes in all; returns its connection."""
-    head = (
-        f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body) if length is None else length}\r\n\r\n"
-    )
+    lines = [f"POST {path} HTTP/1.1", "Host: 127.0.0.1", f"Content-Length: {len(body) if length is None else length}"]
+    head = "\r\n".join([*lines, *headers, "", ""])
     line = socket.create_connection(("127.0.0.1", port), timeout=60)
     line.sendall(head.encode() + body)
     return line

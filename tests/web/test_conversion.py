@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import random
 import re
+import sys
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +15,11 @@ import numpy as np
 import phone_recordings
 import pytest
 import soundfile
+from app_process import wait_until
 from fakes import Gate, Worker
 
-from residency.errors import InvalidInput
+from residency.cancellation import Cancellation, cancelled_by
+from residency.errors import InvalidInput, RequestStopped
 from residency.web.speech import conversion, decode
 from residency.web.speech.conversion import Conversion, Limits
 from residency.web.speech.encoding import Encoder
@@ -65,7 +68,7 @@ def test_what_browsers_play_stays_as_it_is(receive: Conversion, folder: Path, tm
 def test_a_recording_is_converted_once(receive: Conversion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = str(phone_recordings.record(tmp_path / "iphone.m4a"))
     first = receive.readable(given)
-    monkeypatch.setattr(conversion.subprocess, "run", None)
+    monkeypatch.setattr(conversion.subprocess, "Popen", None)
     assert receive.readable(given) == first
     assert receive.readable(first) == first
 
@@ -103,6 +106,51 @@ class TestSeveralAtATime:
         gate.open()
         assert first.result() == second.result()
         assert self.decodes == 1
+
+    def test_a_cancelled_one_leaves_the_others_that_wait(
+        self, receive: Conversion, gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(conversion, "_AT_A_TIME", 1)
+        running = Worker(receive.readable, str(phone_recordings.record(tmp_path / "slow.m4a", "iphone.m4a")))
+        gate.wait_for_arrival()
+        cancellation = Cancellation()
+
+        def ask() -> str:
+            with cancelled_by(cancellation):
+                return receive.readable(given)
+
+        given = str(phone_recordings.record(tmp_path / "iphone.m4a"))
+        waits = Worker(ask)
+        assert wait_until(lambda: bool(receive._converting) and len(receive._converting) == 2)
+        cancellation.cancel()
+        with pytest.raises(RequestStopped):
+            waits.result()
+        gate.open()
+        running.result()
+        assert self.decodes == 1
+        assert Path(receive.readable(given)).exists(), "its place is free"
+
+    def test_the_decoder_of_a_cancelled_one_is_ended(
+        self, receive: Conversion, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        stalls = tmp_path / "stalls.py"
+        stalls.write_text(f"open({str(tmp_path / 'begun')!r}, 'w').close(); import time; time.sleep(600)")
+        program = tmp_path / "python"
+        program.write_text(f"#!/bin/sh\nexec {sys.executable} {stalls}\n")
+        program.chmod(0o755)
+        monkeypatch.setattr(conversion.sys, "executable", str(program))
+        cancellation = Cancellation()
+
+        def ask() -> str:
+            with cancelled_by(cancellation):
+                return receive.readable(str(phone_recordings.record(tmp_path / "iphone.m4a")))
+
+        stalled = Worker(ask)
+        assert wait_until((tmp_path / "begun").exists)
+        cancellation.cancel()
+        with pytest.raises(RequestStopped):
+            stalled.result()
+        assert list(folder.iterdir()) == []
 
 
 def test_the_name_tells_nothing(receive: Conversion, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import pytest
 from app_process import wait_until
@@ -12,6 +13,8 @@ from residency.cancellation import Cancellation, cancelled_by
 from residency.errors import ManagerClosed, RequestCancelled, RequestStopped
 from residency.web.shared.language import en
 from residency.web.speech.queue import SpeechQueue
+from residency.web.speech.recordings import Recordings
+from residency.web.speech.service import SpeechService
 from residency.web.ui import waiting as waiting_module
 from residency.web.ui.waiting import WaitingRequests
 
@@ -117,6 +120,25 @@ def test_the_end_refuses_who_waits_and_who_comes_but_not_who_runs(queue: SpeechQ
         pass
     first.gate.open()
     first.worker.result()
+
+
+def test_the_end_refuses_recordings_that_wait_for_a_recognizer_without_a_manager(tmp_path: Path) -> None:
+    gate = Gate()
+
+    def recognize(path: str) -> str:
+        gate.pass_through()
+        return "heard"
+
+    service = SpeechService(None, {}, Recordings(tmp_path), recognize, queue=SpeechQueue("tts"))
+    first = Worker(service.transcribe, "one.wav")
+    gate.wait_for_arrival()
+    second = Worker(service.transcribe, "another.wav")
+    assert wait_until(lambda: service.running == 2)
+    service.close()
+    with pytest.raises(ManagerClosed):
+        second.result()
+    gate.open()
+    assert first.result() == "heard"
 
 
 def test_who_has_the_engine_may_ask_again_meanwhile(queue: SpeechQueue) -> None:

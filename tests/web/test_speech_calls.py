@@ -23,6 +23,7 @@ import openai
 import pytest
 import soundfile
 from app_process import wait_until
+from fakes import Gate, Worker
 from local_server import Served as Server
 from raw_http import begun
 from served_tones import Served
@@ -610,6 +611,65 @@ class TestLimits:
             assert error(refused)["type"] == "rate_limit_error"
             assert speech(served, client).status_code == 200
 
+    @pytest.mark.parametrize("call", ["speech", "edits", "transcriptions", "voices"])
+    def test_bodies_that_arrive_slowly_take_no_places(self, tmp_path: Path, call: str) -> None:
+        served = Served(tmp_path, most=1, recognize=lambda path: "words")
+        server = Server(served.app)
+        form = ["content-type: multipart/form-data; boundary=b"] if call == "transcriptions" else []
+        begin = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n' if form else b'{"input": "'
+        try:
+            with begun(server.port, f"/v1/audio/{call}", begin, *form, length=1000) as slow:
+                slow.sendall(b"x")
+                url = f"http://127.0.0.1:{server.port}/v1/audio"
+                assert wait_until(lambda: httpx.get(f"{url}/voices").status_code == 200)
+                body = {"input": "Hello.", "voice": "high", "response_format": "pcm"}
+                assert httpx.post(f"{url}/speech", json=body, timeout=60).status_code == 200
+        finally:
+            server.close()
+            served.manager.close()
+
+    def test_json_that_arrives_slowly_is_on_the_disk(self, tmp_path: Path) -> None:
+        served = Served(tmp_path, disk=25_000_000)
+        server = Server(served.app)
+        body = b'{"voice": "high", "input": "' + b"x" * 200_000
+        try:
+            with begun(server.port, "/v1/audio/speech", body, length=10_000_000):
+                assert wait_until(lambda: served.recordings._reserved_bytes >= 9_900_000)
+                with begun(server.port, "/v1/audio/speech", body, length=20 << 20) as full:
+                    assert full.recv(12) == b"HTTP/1.1 507"
+            assert wait_until(lambda: served.recordings._reserved_bytes == 0)
+        finally:
+            server.close()
+            served.manager.close()
+        assert served.left() == []
+
+    def test_recordings_in_json_wait_on_the_disk(self, tmp_path: Path, recording: str) -> None:
+        sizes: list[float] = []
+        served = Served(tmp_path, most=1)
+        readable = served.service.incoming.readable
+
+        def seen(path: str | None) -> str:
+            sizes.append(served.recordings._reserved_bytes)
+            return readable(path)
+
+        served.service.incoming.readable = seen  # type: ignore[method-assign]
+        content = Path(recording).read_bytes()
+        audio = base64.b64encode(content).decode()
+        taken = served.slots.taken
+
+        @contextmanager
+        def counted() -> Iterator[None]:
+            sizes.append(served.recordings._reserved_bytes)
+            with taken():
+                yield
+
+        served.slots.taken = counted  # type: ignore[method-assign]
+        with served.manager:
+            assert speech(served, voice=None, ref_audio=audio, ref_text="words").status_code == 200
+        assert sizes == [len(content), len(content)], "its file, then the copy for the engine"
+        assert served.recordings._reserved_bytes == 0
+        assert served.left() == []
+
 
 def store(served: Served, recording: str, name: str = "Ada", client: TestClient | None = None, **fields: Any) -> Any:
     data = {"name": name, "text": "the words", **fields}
@@ -765,6 +825,36 @@ class TestTranscriptions:
             data = {"model": "whisper-1", **({"response_format": form} if form else {})}
             assert served.client().post("/v1/audio/transcriptions", data=data, files={"file": file}).text == answer
         assert served.left() == []
+
+    def test_without_a_manager_one_at_a_time(self, tmp_path: Path, recording: str) -> None:
+        gate, current, most = Gate(), list[str](), list[int]()
+
+        def recognize(path: str) -> str:
+            current.append(path)
+            gate.pass_through()
+            most.append(len(current))
+            current.remove(path)
+            return "heard"
+
+        served = Served(tmp_path, recognize=recognize, managed=False)
+        server = Server(served.app)
+        try:
+            url = f"http://127.0.0.1:{server.port}/v1/audio/transcriptions"
+            form = httpx.Request("POST", url, files={"file": Path(recording).read_bytes()})
+            content, kind = form.read(), {"content-type": form.headers["content-type"]}
+            first = Worker(lambda: httpx.post(url, content=content, headers=kind).text)
+            gate.wait_for_arrival()
+            second = Worker(lambda: httpx.post(url, content=content, headers=kind).text)
+            assert wait_until(lambda: served.service.running == 2)
+            with begun(server.port, "/v1/audio/transcriptions", content, f"content-type: {kind['content-type']}"):
+                assert wait_until(lambda: served.service.running == 3)
+            assert wait_until(lambda: served.service.running == 2), "a client that leaves leaves the queue"
+            gate.open()
+            assert [each.result() for each in (first, second)] == ['{"text": "heard"}'] * 2
+        finally:
+            gate.open()
+            server.close()
+        assert most == [1, 1]
 
     def test_empty_fields_are_as_if_absent(self, tmp_path: Path, recording: str) -> None:
         served = Served(tmp_path, recognize=lambda path: "heard")

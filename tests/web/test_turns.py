@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,13 +12,15 @@ from typing import Any
 
 import pytest
 from app_process import wait_until
+from fakes import Gate as Gates
 from local_server import Served as Server
 from raw_http import begun
-from served_tones import Served
+from served_tones import HERE, Served
 
 from residency.errors import InvalidInput
 from residency.web.api import turns
 from residency.web.api.turns import Turns
+from tts_gpu_managed import ask
 
 pytestmark = pytest.mark.in_process("the tests' engine has gates, which a worker process does not have")
 
@@ -54,8 +58,8 @@ class Gate:
         served.voices.get = held_back  # type: ignore[method-assign]
 
 
-def speech(served: Served, text: str, voice: str, address: str = "127.0.0.1") -> int:
-    body = {"input": text, "voice": voice, "response_format": "pcm"}
+def speech(served: Served, text: str, voice: str | None, address: str = "127.0.0.1", **fields: str) -> int:
+    body = {"input": text, "voice": voice, "response_format": "pcm", **fields}
     return int(served.client((address, 4000)).post("/v1/audio/speech", json=body).status_code)
 
 
@@ -81,6 +85,55 @@ def test_one_that_is_checked_slowly_is_spoken_first(served: Served) -> None:
         assert [each.result(60) for each in (first, *others)] == [200] * 3
     assert spoken(served) == ["First.", "Second.", "Third."]
     assert served.calls.turns.waiting == []
+
+
+@pytest.mark.parametrize("managed", [True, False])
+def test_one_whose_words_are_recognized_is_spoken_first(tmp_path: Path, recording: str, managed: bool) -> None:
+    gate = Gates()
+
+    def recognize(path: str) -> str:
+        gate.pass_through()
+        return "the words"
+
+    served: Served = Served(
+        tmp_path, managed=managed,
+        recognize=(lambda path: ask(served.manager, "asr", lambda asr: asr(path))) if managed else recognize,
+    )  # fmt: skip
+    served.manager.register("asr", lambda: recognize)
+    audio = base64.b64encode(Path(recording).read_bytes()).decode()
+    with served.manager, ThreadPoolExecutor(3) as threads:
+        asked = [threads.submit(speech, served, "First.", None, ref_audio=audio)]
+        gate.wait_for_arrival()
+        asked.append(threads.submit(speech, served, "Second.", None, ref_audio=audio))
+        assert wait_until(lambda: [turn._recognizes for turn in served.calls.turns.waiting] == [True] * 2), (
+            "it does not wait for the end of the recognition to enter the same queue"
+        )
+        asked.append(threads.submit(speech, served, "Third.", "low"))
+        assert wait_until(lambda: waits(served, 1) or spoken(served))
+        gate.open()
+        assert [each.result(60) for each in asked] == [200] * 3
+    assert spoken(served) == ["First.", "Second.", "Third."]
+    assert served.calls.turns.waiting == []
+
+
+def test_the_wait_for_earlier_requests_counts(served: Served) -> None:
+    now_s = [100.0]
+    served.calls.turns = Turns(lambda: now_s[0])
+    gate = Gate(served)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(speech, served, "First.", "high")
+        assert gate.reached.wait(60)
+        body = {"input": "Second.", "voice": "low"}
+        second = threads.submit(lambda: served.client(HERE).post("/v1/audio/speech", json=body))
+        assert wait_until(lambda: waits(served, 1))
+        now_s[0] += 1.5
+        gate.opened.set()
+        assert first.result(60) == 200
+        timing = second.result(60).headers["server-timing"]
+    found = re.match(r'wait;dur=([0-9.]+);desc="(.*?)", queue;dur=([0-9.]+)', timing)
+    assert found is not None
+    assert found[2].startswith("waited 1.5 s for earlier requests of the same address; ")
+    assert min(float(found[1]), float(found[3])) >= 1500
 
 
 def test_requests_of_other_addresses_do_not_wait_for_its_check(served: Served) -> None:

@@ -8,12 +8,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import IO, Any, TypeVar
 
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 from pydantic import BaseModel, ValidationError
 from starlette import formparsers
 from starlette.datastructures import FormData, UploadFile
@@ -30,7 +30,11 @@ from .openai_errors import BadRequest, BodyTooLarge
 Body = TypeVar("Body", bound=BaseModel)
 
 MOST_JSON_BYTES = 20 << 20
-"""Limit of JSON bodies, which are held in main memory."""
+"""Limit of JSON bodies, which are parsed in main memory."""
+_IN_MEMORY_BYTES = 1 << 16
+"""Size up to which a JSON body is held in main memory while it arrives; larger ones are in a file, as forms are."""
+_parsers = CapacityLimiter(4)
+"""Limits the larger bodies that are in main memory at a time."""
 _FILES = ("file", "audio", "audio_sample", "input_audio", "recording", "ref_audio")
 """Names of the field with the recording, in forms of different programs."""
 _MOST_VALUES = 50_000
@@ -57,18 +61,55 @@ def keep_forms_in(folder: str) -> None:
     formparsers.SpooledTemporaryFile = partial(tempfile.SpooledTemporaryFile, dir=folder)  # type: ignore[attr-defined, assignment]
 
 
-async def read_json(request: Request, kind: type[Body], most_bytes: int = MOST_JSON_BYTES) -> Body:
-    """Parses the body as JSON, whatever its Content-Type. Raises `BadRequest` and `BodyTooLarge`."""
-    pieces, size = [], 0
-    async for piece in request.stream():
-        pieces.append(piece)
-        size += len(piece)
-        if size > most_bytes:
-            raise BodyTooLarge(readable_bytes(most_bytes))
-    values = await to_thread.run_sync(_parsed, b"".join(pieces))
+async def read_json(
+    request: Request, kind: type[Body], recordings: Recordings, param: str, most_bytes: int = MOST_JSON_BYTES
+) -> tuple[Body, Upload | None]:
+    """Parses the body as JSON, whatever its Content-Type; returns it with the recording in its field ``param``.
+
+    The field is empty then; the caller closes the upload. Raises `BadRequest`, `BodyTooLarge` and `DiskFull`.
+    """
+    if (announced_bytes(request.scope) or 0) > most_bytes:
+        raise BodyTooLarge(readable_bytes(most_bytes))
+    size = 0
+    with ExitStack() as held:
+        receive = _reserving(request, recordings, held, _IN_MEMORY_BYTES)
+        file = held.enter_context(tempfile.SpooledTemporaryFile(_IN_MEMORY_BYTES, dir=recordings.folder))
+        async for piece in Request(request.scope, receive).stream():
+            size += len(piece)
+            if size > most_bytes:
+                raise BodyTooLarge(readable_bytes(most_bytes))
+            if size > _IN_MEMORY_BYTES:
+                await to_thread.run_sync(file.write, piece)
+            else:
+                file.write(piece)
+        large = size > _IN_MEMORY_BYTES
+        return await to_thread.run_sync(_read, file, kind, recordings, param, limiter=_parsers if large else None)
+
+
+def _read(file: IO[bytes], kind: type[Body], recordings: Recordings, param: str) -> tuple[Body, Upload | None]:
+    """Does the rest of `read_json`."""
+    file.seek(0)
+    values = _parsed(file.read())
     if not isinstance(values, dict):
         raise BadRequest(None, "Send a JSON object; /docs lists its fields", "请发送 JSON 对象；字段见 /docs")
-    return checked(kind, values)
+    body = checked(kind, values)
+    text = getattr(body, param)
+    if text is None:
+        return body, None
+    setattr(body, param, "")
+    data = _decoded(text)
+    if not data:
+        raise BadRequest(
+            param,
+            f"{param} is empty, or no base64: encode the file's bytes",
+            f"{param} 为空或不是 base64：请对文件内容进行编码",
+        )
+    with ExitStack() as held:
+        held.enter_context(recordings.reserved(len(data)))
+        os.makedirs(recordings.folder, exist_ok=True)
+        recording = held.enter_context(tempfile.TemporaryFile(dir=recordings.folder))
+        recording.write(data)
+        return body, Upload(recording, held.pop_all().close)
 
 
 def _parsed(data: bytes) -> Any:
@@ -101,13 +142,10 @@ def checked(kind: type[Body], values: Mapping[str, Any]) -> Body:
 
 
 class Upload:
-    """The recording of a request: a form's file, or the bytes of base64 in JSON. `close` deletes the form's file.
+    """The file with the recording of a request. `close` deletes it, and may be called repeatedly."""
 
-    It may be called repeatedly.
-    """
-
-    def __init__(self, file: IO[bytes] | None, data: bytes = b"", close: Callable[[], Any] = lambda: None) -> None:
-        self._file, self._data, self.close = file, data, close
+    def __init__(self, file: IO[bytes], close: Callable[[], Any]) -> None:
+        self._file, self.close = file, close
 
     @contextmanager
     def stored(self, service: SpeechService, recordings: Recordings) -> Iterator[str]:
@@ -124,10 +162,7 @@ class Upload:
         ):
             path = os.path.join(workshop, "recording")
             with open(path, "wb") as target:
-                if self._file is None:
-                    target.write(self._data)
-                else:
-                    shutil.copyfileobj(self._file, target)
+                shutil.copyfileobj(self._file, target)
             self.close()
             readable = service.incoming.readable(path)
             try:
@@ -137,8 +172,6 @@ class Upload:
                     recordings.remove(None, readable)
 
     def _size(self) -> int:
-        if self._file is None:
-            return len(self._data)
         self._file.seek(0, os.SEEK_END)
         size = self._file.tell()
         self._file.seek(0)
@@ -157,8 +190,9 @@ async def read_upload(request: Request, kind: type[Body], recordings: Recordings
                 _FILES[0], "Send a form (multipart/form-data) with the recording as the file 'file'",
                 "请发送表单（multipart/form-data），录音为文件字段 'file'",
             )  # fmt: skip
-        body = await read_json(request, kind)
-        return body, await decoded(str(getattr(body, "audio", "")), "audio")
+        body, upload = await read_json(request, kind, recordings, "audio")
+        assert upload is not None, "it is required"
+        return body, upload
     with ExitStack() as held:
         form = await _read_form(request, recordings, held)
         optional = {name for name, about in kind.model_fields.items() if not about.is_required()}
@@ -175,12 +209,17 @@ async def read_upload(request: Request, kind: type[Body], recordings: Recordings
                 f"表单中没有录音：请以文件字段 {_FILES[0]!r} 发送",
             )
         body = checked(kind, {"audio": "", **values})
-        return body, Upload(file.file, close=held.pop_all().close)
+        return body, Upload(file.file, held.pop_all().close)
 
 
-async def _read_form(request: Request, recordings: Recordings, held: ExitStack) -> FormData:
-    """Reads a form; ``held`` deletes its file, whose disk space is reserved until then."""
-    announced, room_bytes = announced_bytes(request.scope), 0.0
+def _reserving(
+    request: Request, recordings: Recordings, held: ExitStack, room_bytes: float = 0.0
+) -> Callable[[], Awaitable[Message]]:
+    """Returns ``request.receive``, which reserves disk space for what is beyond ``room_bytes``, until ``held`` ends.
+
+    It makes the folder of the recordings too.
+    """
+    announced = announced_bytes(request.scope)
 
     async def receive() -> Message:
         nonlocal room_bytes
@@ -190,11 +229,16 @@ async def _read_form(request: Request, recordings: Recordings, held: ExitStack) 
             least_bytes = announced or -room_bytes
             room = recordings.reserved(max(announced or _ROOM_BYTES, -room_bytes), least_bytes)
             room_bytes += await to_thread.run_sync(held.enter_context, room)
+            await to_thread.run_sync(partial(os.makedirs, recordings.folder, exist_ok=True))
         return message
 
-    await to_thread.run_sync(partial(os.makedirs, recordings.folder, exist_ok=True))
+    return receive
+
+
+async def _read_form(request: Request, recordings: Recordings, held: ExitStack) -> FormData:
+    """Reads a form; ``held`` deletes its file, whose disk space is reserved until then."""
     try:
-        form = await Request(request.scope, receive).form(
+        form = await Request(request.scope, _reserving(request, recordings, held)).form(
             max_files=1, max_fields=_MOST_FIELDS, max_part_size=_MOST_FIELD_BYTES
         )
     except (HTTPException, ValueError, KeyError) as error:  # the last two: of python-multipart, before Starlette 1
@@ -207,18 +251,6 @@ async def _read_form(request: Request, recordings: Recordings, held: ExitStack) 
         if isinstance(value, UploadFile):
             held.callback(value.file.close)
     return form
-
-
-async def decoded(text: str, param: str) -> Upload:
-    """Returns the recording in base64, also of a data URL; raises `BadRequest` about ``param``."""
-    data = await to_thread.run_sync(_decoded, text)
-    if not data:
-        raise BadRequest(
-            param,
-            f"{param} is empty, or no base64: encode the file's bytes",
-            f"{param} 为空或不是 base64：请对文件内容进行编码",
-        )
-    return Upload(None, data)
 
 
 def _decoded(text: str) -> bytes:

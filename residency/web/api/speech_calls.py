@@ -24,7 +24,7 @@ from ..speech.recordings import Recordings
 from ..speech.service import SpeechService
 from ..speech.speaking import Speaker, SpeechRequest, most_bytes
 from ..speech.voices import UnknownVoice, Voice, checked_name
-from .bodies import Upload, decoded, is_form, keep_forms_in, read_json, read_upload
+from .bodies import Upload, is_form, keep_forms_in, read_json, read_upload
 from .openai_errors import BadRequest, ChangeNotAllowed, UnknownSpeechModel, naming, refusal
 from .openai_route import OpenAiRoute, either_body, form_body, json_body, refusals, streamed
 from .openai_schema import (
@@ -60,7 +60,7 @@ class SpeechCalls:
     Attributes:
         model: name of the engine in ``GET /v1/models``.
         others: further engines, by name.
-        slots: limit of requests that wait or run.
+        slots: limit of requests that wait or run, from the end of their bodies on.
         watching: calls a function with each lease that a request enters; see `GPUResourceManager.watching`.
         keep_alive: returns the seconds of a ``keep_alive``, which has an effect only with a manager.
     """
@@ -122,9 +122,9 @@ class SpeechCalls:
         """
         self.keys.check(request)
         with ExitStack() as held:
-            held.enter_context(self.slots.taken())
             turn = held.enter_context(self.turns.taken(network(request)))
             body, upload = await self._read_speech(request, held)
+            held.enter_context(self.slots.taken())
             turn.received()
             self._check_model(body.model, (self.model, *self.others, *OF_OPENAI))
             speaker = self.others.get(body.model or "", self.speaker)
@@ -149,12 +149,11 @@ class SpeechCalls:
 
     async def _read_speech(self, request: Request, held: ExitStack) -> tuple[Speech, Upload | None]:
         """Reads JSON, or a form with a recording; returns the request, and the recording that it brings."""
-        if is_form(request):
-            body, upload = await read_upload(request, Speech, self.recordings)
+        json_body = partial(read_json, param="ref_audio")
+        body, upload = await (read_upload if is_form(request) else json_body)(request, Speech, self.recordings)
+        if upload:
             held.callback(upload.close)
-            return body, upload
-        body = await read_json(request, Speech)
-        return body, None if body.ref_audio is None else await decoded(body.ref_audio, "ref_audio")
+        return body, upload
 
     def _speak_with(
         self, speaker: Speaker, ask: Callable[[Voice], SpeechRequest], upload: Upload, text: str | None, write: Write
@@ -183,10 +182,10 @@ class SpeechCalls:
         """
         self.keys.check(request)
         with ExitStack() as held:
-            held.enter_context(self.slots.taken())
             turn = held.enter_context(self.turns.taken(network(request)))
             body, upload = await read_upload(request, Edit, self.recordings)
             held.callback(upload.close)
+            held.enter_context(self.slots.taken())
             turn.received()
             self._check_task(body.task)
             with _naming_edits():
@@ -213,9 +212,9 @@ class SpeechCalls:
         """Write the words of a recording, sent as a form with the file `file`. Needs --enable-auto-transcribe."""
         self.keys.check(request)
         with ExitStack() as held:
-            held.enter_context(self.slots.taken())
             body, upload = await read_upload(request, Transcription, self.recordings)
             held.callback(upload.close)
+            held.enter_context(self.slots.taken())
             self._check_model(body.model, OF_OPENAI_TRANSCRIBE)
             if body.response_format not in ("json", "text"):
                 raise BadRequest(
@@ -250,9 +249,9 @@ class SpeechCalls:
         """
         self._check_change(request)
         with ExitStack() as held:
-            held.enter_context(self.slots.taken())
             body, upload = await read_upload(request, VoiceSample, self.recordings)
             held.callback(upload.close)
+            held.enter_context(self.slots.taken())
             work = partial(self._store, checked_name(body.name), self._words("text", body.text), upload)
             return self._streamed(work, "application/json", held.pop_all(), status=201)
 
@@ -280,7 +279,7 @@ class SpeechCalls:
     ) -> Streamed:  # fmt: skip
         """Returns the response of ``work``, for whose result ``most_bytes`` are reserved. It closes ``held``.
 
-        The first model's queue is joined at its ``turn``.
+        At its ``turn`` the request enters the queue of each model.
         """
         leases: list[Any] = []
 
@@ -291,8 +290,7 @@ class SpeechCalls:
                 if cancellation := current():
                     cancellation.on_cancel(lease.cancel)
                 if turn:
-                    turn.wait()
-                    lease.queued = turn.end
+                    turn.joins(lease)
 
             if turn and (cancellation := current()):
                 cancellation.on_cancel(turn.end)
@@ -302,7 +300,7 @@ class SpeechCalls:
         room = partial(self.recordings.reserved_until_known, most_bytes)
         return Streamed(
             watched, media_type, self.service.folder, room, held, self.threads, status=status, headers=headers,
-            sse=sse, server_timing=lambda: server_timing(leases),
+            sse=sse, server_timing=lambda: server_timing(leases, turn.waited_s if turn else 0.0),
         )  # fmt: skip
 
     def _check_change(self, request: Request) -> None:

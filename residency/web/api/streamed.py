@@ -57,17 +57,17 @@ class Streamed(Response):
                          "x-accel-buffering": "no", **(headers or {})}  # fmt: skip
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        cancellation, loop = Cancellation(), asyncio.get_running_loop()
-        output = GrowingFile(self._folder, self._room, loop)
+        cancellation = Cancellation()
+        output = GrowingFile(self._folder, self._room, asyncio.get_running_loop())
         thread = asyncio.ensure_future(self._run_in_thread(output, cancellation))
         watch = asyncio.ensure_future(_cancel_on_disconnect(receive, cancellation))
         try:
             await self._send(output, cancellation, scope, receive, send)
         finally:
             watch.cancel()
+            thread.add_done_callback(lambda done: _in_thread(output.close))
             if not thread.done():
-                loop.run_in_executor(None, cancellation.cancel)  # its callbacks take the manager's lock
-            thread.add_done_callback(lambda done: loop.run_in_executor(None, output.close))
+                _in_thread(cancellation.cancel)  # its callbacks take the manager's lock
 
     async def _run_in_thread(self, output: GrowingFile, cancellation: Cancellation) -> None:
         try:
@@ -119,7 +119,15 @@ class Streamed(Response):
 async def _cancel_on_disconnect(receive: Receive, cancellation: Cancellation) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-    await asyncio.get_running_loop().run_in_executor(None, cancellation.cancel)
+    _in_thread(cancellation.cancel)
+
+
+def _in_thread(call: Callable[[], object]) -> None:
+    """Calls a function in a thread, or here if the system has no thread left."""
+    try:
+        asyncio.get_running_loop().run_in_executor(None, call)
+    except RuntimeError:
+        call()
 
 
 async def _events(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -16,12 +16,15 @@ import sys
 import tempfile
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import soundfile
 
+from ...cancellation import Cancellation, checkpoint, current
 from ...errors import InvalidInput, about, pip_install
 from ...sentences import Sentence
 from . import decode
@@ -91,7 +94,8 @@ class Conversion:
         self._recordings = recordings
         self._folder = Path(recordings.folder)
         self._limits = limits
-        self._free = threading.BoundedSemaphore(_AT_A_TIME)
+        self._changed = threading.Condition()
+        self._running = 0
         self._lock = threading.Lock()
         self._converting = weakref.WeakValueDictionary[Path, threading.Lock]()
 
@@ -99,11 +103,13 @@ class Conversion:
     def readable(self, path: str | None) -> str:
         """Returns ``path``, or the path of a WAV file (16 bit, mono, same sample rate) if it needs conversion.
 
-        Further calls for the same file return the same WAV file. Takes up to seconds; not for the event loop.
+        Further calls for the same file return the same WAV file. Takes up to seconds; not for the event loop. A
+        cancellation of the request in this context ends the conversion.
 
         Raises:
             InvalidInput: there is no recording, it cannot be read, or it exceeds the limits (decoding stops there).
             DiskFull: the limit of disk space leaves no room for the conversion.
+            RequestStopped: the request was cancelled.
         """
         if not path:
             raise InvalidInput(
@@ -140,7 +146,7 @@ class Conversion:
             if not target.exists():
                 self._folder.mkdir(parents=True, exist_ok=True)
                 with (
-                    self._free,
+                    self._place(),
                     self._recordings.reserved(2 * self._limits.samples, 1) as most_bytes,
                     tempfile.TemporaryDirectory(prefix=CONVERTING, dir=self._folder) as workshop,
                 ):
@@ -150,41 +156,73 @@ class Conversion:
                     os.replace(made, target)
         return str(target)
 
+    @contextmanager
+    def _place(self) -> Iterator[None]:
+        """Waits until fewer than `_AT_A_TIME` conversions run, and counts one within this block.
+
+        Raises `RequestStopped` if the request is cancelled before.
+        """
+        cancellation = current() or Cancellation()
+        cancellation.on_cancel(self._wake)
+        with self._changed:
+            self._changed.wait_for(lambda: self._running < _AT_A_TIME or cancellation.cancelled)
+            checkpoint()
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify_all()
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
     def _decode(self, source: str, target: str, most_samples: float) -> None:
         most_s = self._limits.audio_s
         command = [sys.executable, "-m", decode.__name__, os.path.abspath(source), target]
         command += [f"--seconds={most_s}", f"--samples={most_samples}", f"--memory={_MEMORY_BYTES}"]
         command += [f"--cpu={min(20 + most_s / 10, _LONGEST_S):.0f}"]
-        try:
-            ended = subprocess.run(
-                command,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                errors="replace",
-                timeout=min(60 + most_s, _LONGEST_S),
-            )
-        except subprocess.TimeoutExpired:
-            raise _unreadable("it takes too long to decode") from None
-        if ended.returncode == decode.TOO_LONG:
+        with subprocess.Popen(
+            command,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+        ) as decoder:
+            try:
+                if cancellation := current():
+                    cancellation.on_cancel(decoder.kill)
+                log = decoder.communicate(timeout=min(60 + most_s, _LONGEST_S))[1]
+            except subprocess.TimeoutExpired:
+                raise _unreadable("it takes too long to decode") from None
+            finally:
+                decoder.kill()  # does nothing if it has ended
+        checkpoint()
+        self._check_end(decoder.returncode, log, most_samples)
+
+    def _check_end(self, code: int, log: str, most_samples: float) -> None:
+        """Raises the error of a decoder's exit code and stderr."""
+        if code == decode.TOO_LONG:
             raise self._too_long()
-        if ended.returncode == decode.TOO_MANY_SAMPLES:
+        if code == decode.TOO_MANY_SAMPLES:
             raise self._too_many_samples() if most_samples >= self._limits.samples else DiskFull
-        reason = next(reversed(ended.stderr.splitlines()), "")
-        if ended.returncode == decode.UNREADABLE:
+        reason = next(reversed(log.splitlines()), "")
+        if code == decode.UNREADABLE:
             raise _unreadable(reason)
-        if -ended.returncode in _FROM_OUTSIDE:
+        if -code in _FROM_OUTSIDE:
             raise InvalidInput(
                 "The conversion of the recording was stopped on the server: try again; if that happens again, the "
                 "server lacks memory",
                 "服务器上的录音转换被中止：请重试；如再次出现，说明服务器内存不足",
             )
-        if ended.returncode < 0:
+        if code < 0:
             raise _unreadable("the decoder gave up on it")
-        if ended.returncode:
-            logger.error("The decoder failed:\n%s", ended.stderr)
+        if code:
+            logger.error("The decoder failed:\n%s", log)
             raise InvalidInput(
                 f"The server could not convert the recording ({reason}; more is in its log): upload WAV, FLAC, MP3 or "
                 f"OGG",

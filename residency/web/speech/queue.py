@@ -14,6 +14,7 @@ from ...receipts import Receipt
 
 _STATE = "cpu"
 """State of an engine without a manager, which is never moved."""
+_watch = contextvars.ContextVar[Callable[[Any], object] | None]("watch_queued", default=None)
 
 
 class QueuedRequest:
@@ -59,7 +60,6 @@ class SpeechQueue:
         self.changed = threading.Condition()
         self.requests: list[QueuedRequest] = []
         self._closed = False
-        self._watch = contextvars.ContextVar[Callable[[Any], object] | None]("watch_queued", default=None)
         self._mine = contextvars.ContextVar("uses_engine", default=False)
 
     @contextmanager
@@ -71,9 +71,10 @@ class SpeechQueue:
         if self._mine.get():
             yield
             return
-        request, began_s = QueuedRequest(self), time.monotonic()
-        if watch := self._watch.get():
+        request = QueuedRequest(self)
+        if watch := _watch.get():
             watch(request)
+        began_s = time.monotonic()
         with self.changed:
             if self._closed:
                 raise ManagerClosed
@@ -107,12 +108,12 @@ class SpeechQueue:
 
     @contextmanager
     def watching(self, watch: Callable[[Any], object]) -> Iterator[None]:
-        """Calls ``watch`` with each request within this block, before it waits."""
-        token = self._watch.set(watch)
+        """Calls ``watch`` with each request, of any queue, within this block, before it waits."""
+        token = _watch.set(watch)
         try:
             yield
         finally:
-            self._watch.reset(token)
+            _watch.reset(token)
 
     def status(self) -> Any:
         """Returns the parts of a manager's status that `WaitingRequests` reads."""

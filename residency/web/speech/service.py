@@ -35,6 +35,10 @@ _NO_TAGS = Sentence(
 )
 
 
+RECOGNIZER = "asr"
+"""Name of the speech recognition as a model of a manager, or of its own queue."""
+
+
 class ShuttingDown(ResidencyError):
     """Error of new requests during the shutdown of the app."""
 
@@ -74,7 +78,10 @@ class SpeechService:
         limits: Limits | None = None,
         queue: SpeechQueue | None = None,
     ) -> None:
-        """``recognize`` transcribes a recording. ``queue`` is that of an engine without a manager."""
+        """``recognize`` transcribes a recording. ``queue`` is that of an engine without a manager.
+
+        With ``queue``, ``recognize`` has no manager either, and transcribes one recording at a time.
+        """
         self.engine = engine
         self._recognize = recognize
         self.edit_types = edit_types
@@ -82,6 +89,7 @@ class SpeechService:
         self._recordings = recordings
         self.limits = limits or Limits()
         self._queue = queue
+        self._recognizer_queue = SpeechQueue(RECOGNIZER) if queue else None
         self.incoming = Conversion(recordings, self.limits)
         self._changed = threading.Condition()
         self._closed = False
@@ -99,8 +107,8 @@ class SpeechService:
     def close(self) -> None:
         """Refuses new requests (`ShuttingDown`); running ones may finish."""
         self._closed = True
-        if self._queue:
-            self._queue.close()
+        for queue in filter(None, (self._queue, self._recognizer_queue)):
+            queue.close()
 
     def wait_until_idle(self, within_s: float) -> bool:
         """Waits for running requests; returns False after ``within_s``."""
@@ -162,7 +170,7 @@ class SpeechService:
     def transcribe(self, recording: str) -> str:
         """Returns the transcript of a recording. Raises `InvalidInput`, and errors of the recognizer."""
         recognize = self.recognizer()
-        with self._at_work():
+        with self._at_work(), self._recognizer_queue.reserved() if self._recognizer_queue else nullcontext():
             return recognize(recording).strip()
 
     def recognizer(self) -> Callable[[str], str]:

@@ -12,13 +12,10 @@ from ...cancellation import cancelled_by
 from ...errors import ResidencyError
 from .. import static
 from ..shared.gradio_compat import PRIVATE, localizer
-from ..speech.service import SpeechService
+from ..speech.service import RECOGNIZER, SpeechService
 from .messages import Message
 from .page_requests import PageRequest, in_thread, reports
 from .waiting import WaitingRequests
-
-MODEL = "asr"
-"""Name of the speech recognition as a managed model."""
 
 _READY = ("模型已就绪，正在识别录音", "The model is ready; transcribing the recording")
 _script = partial(static.calling, "recordings.js")
@@ -101,7 +98,7 @@ class Transcription:
         if prompt and prompt.strip():
             return result
         try:
-            with cancelled_by(request.cancellation), self._waiting.watched(MODEL, _READY) as request.progress:
+            with cancelled_by(request.cancellation), self._waiting.watched(RECOGNIZER, _READY) as request.progress:
                 result["text"] = self._speech.transcribe(readable)
         except Exception as error:
             result["message"] = Message.of(error, localizer(), "recording")
