@@ -501,6 +501,21 @@ class TestWordsOfErrors:
             assert "-1: until another request ends or the model is offloaded" in text
 
 
+    def test_errors_repeat_the_begin_of_a_long_value_only(self, served: Served, recording: str) -> None:
+        audio, long = base64.b64encode(Path(recording).read_bytes()).decode(), "x" * 100_000
+        edit = {"audio": audio, "text": "w"}
+        for path, body in (
+            ("speech", {"input": "Hello.", "voice": "high", "model": long}),
+            ("speech", {"input": "Hello.", "voice": long}),
+            ("speech", {"input": "Hello.", "voice": "high", "keep_alive": long}),
+            ("edits", {**edit, "task": long}),
+            ("edits", {**edit, "task": "emotion", "sub_task": long}),
+        ):
+            refused = served.client().post(f"/v1/audio/{path}", json=body)
+            error(refused)
+            assert len(refused.content) < 2000, body.keys()
+
+
 class TestKeys:
     @pytest.fixture
     def keyed(self, tmp_path: Path) -> Iterator[Served]:

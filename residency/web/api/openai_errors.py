@@ -56,8 +56,8 @@ class UnknownSpeechModel(BadRequest):
     def __init__(self, name: str, known: tuple[str, ...]) -> None:
         super().__init__(
             "model",
-            f"There is no model {name!r}: give one of {', '.join(known)}, or leave it out",
-            f"没有模型 {name!r}：可用 {'、'.join(known)}，也可以不填",
+            f"There is no model {name!r:.40}: give one of {', '.join(known)}, or leave it out",
+            f"没有模型 {name!r:.40}：可用 {'、'.join(known)}，也可以不填",
         )
         self._arguments = (name, known)
 

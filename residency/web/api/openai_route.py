@@ -19,7 +19,6 @@ from ..speech.voices import VoiceExists
 from .openai_errors import BadRequest, BodyTooLarge, TooManyRequests, UnknownSpeechModel, described, refusal
 from .openai_schema import OpenAiError
 
-_NO_VOICE = BadRequest("voice", "voice is missing: send its name", "缺少 voice：请发送声音名称")
 _REFUSALS: dict[int, tuple[str, Exception | None]] = {
     400: (
         "The request is invalid.",

@@ -199,9 +199,10 @@ class SpeechService:
         if offered and edit_info not in offered:
             task, sub_tasks = _names([edit_type]), _names(offered, edit_type)
             raise InvalidInput(
-                f"The task {task.en} {f'has no sub-task {edit_info!r}' if edit_info else 'needs a sub-task'}: choose "
-                f"one of {sub_tasks.en}",
-                f"任务 {task.zh} {f'没有子任务 {edit_info!r}' if edit_info else '需要子任务'}：请选择 {sub_tasks.zh}",
+                f"The task {task.en} {f'has no sub-task {edit_info!r:.40}' if edit_info else 'needs a sub-task'}: "
+                f"choose one of {sub_tasks.en}",
+                f"任务 {task.zh} {f'没有子任务 {edit_info!r:.40}' if edit_info else '需要子任务'}："
+                f"请选择 {sub_tasks.zh}",
                 "sub_task",
             )
         return edit_type, edit_info if offered else None
