@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextvars
 import errno
@@ -31,6 +32,7 @@ from starlette.testclient import TestClient
 from residency.errors import InvalidInput, RequestStopped, WorkerEnded
 from residency.sentences import Sentence
 from residency.web.api import streamed
+from residency.web.speech import task_names
 from tts_gpu_managed import ask
 
 pytestmark = pytest.mark.in_process("the tests' engine has gates, which a worker process does not have")
@@ -224,6 +226,41 @@ class TestSpeech:
         assert set(form["required"]) == {"file", "input"}
         assert "ref_audio" not in form["properties"]
 
+    @pytest.mark.parametrize(
+        ("fields", "param"),
+        [({"input": " "}, "input"), ({"input": "жук"}, "input"), ({"input": "x" * 5001}, "input"),
+         ({"input": "..."}, "input"), ({"response_format": "ogg"}, "response_format"), ({"speed": 9}, "speed"),
+         ({"instructions": "x" * 4097}, "instructions")],
+    )  # fmt: skip
+    def test_a_recording_is_neither_converted_nor_recognized_for_a_bad_request(
+        self, tmp_path: Path, recording: str, fields: dict[str, Any], param: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        heard: list[str] = []
+        served = Served(tmp_path, recognize=lambda path: heard.append(path) or "heard")
+        monkeypatch.setattr(served.service.incoming, "readable", lambda path: heard.append(path) or path)
+        audio = base64.b64encode(Path(recording).read_bytes()).decode()
+        with served.manager:
+            refused = speech(served, voice=None, ref_audio=audio, **fields)
+            assert (refused.status_code, error(refused)["param"]) == (400, param)
+            assert heard == []
+            assert speech(served, voice=None, ref_audio=audio).status_code == 200
+        assert [words for _, words, _ in served.tones.asked] == ["heard"] * 3
+
+    def test_instructions_are_read_beside_other_requests(self, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+        threads: list[str] = []
+        named_in = task_names.named_in
+        monkeypatch.setattr(task_names, "named_in", lambda *given: threads.append(sniffed()) or named_in(*given))
+        assert speech(served, instructions="happy").headers["x-edit"] == "emotion/happy"
+        assert threads == ["no event loop"]
+
+
+def sniffed() -> str:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return "no event loop"
+    return "event loop"
+
 
 class TestBadSpeech:
     @pytest.mark.parametrize(
@@ -252,6 +289,7 @@ class TestBadSpeech:
             ({"speed": 0.1}, 400, "speed", "0.25"),
             ({"speed": 9}, 400, "speed", "4"),
             ({"speed": "fast"}, 400, "speed", ""),
+            ({"instructions": "x" * 4097}, 400, "instructions", "最多 4096 个字符"),
             ({"keep_alive": "soon"}, 400, "keep_alive", "5m"),
             ({"keep_alive": True}, 400, "keep_alive", ""),
         ],
@@ -499,7 +537,6 @@ class TestWordsOfErrors:
         described = json.dumps(served.client().get("/openapi.json").json())
         for text in (refused, described):
             assert "-1: until another request ends or the model is offloaded" in text
-
 
     def test_errors_repeat_the_begin_of_a_long_value_only(self, served: Served, recording: str) -> None:
         audio, long = base64.b64encode(Path(recording).read_bytes()).decode(), "x" * 100_000

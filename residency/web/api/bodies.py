@@ -40,6 +40,7 @@ _MOST_FIELD_BYTES = 1 << 20
 _WANTED = {
     "literal_error": "（应为 {expected}）",
     "string_type": "（应为字符串）",
+    "string_too_long": "（最多 {max_length} 个字符）",
     "greater_than_equal": "（应不小于 {ge:g}）",
     "less_than_equal": "（应不大于 {le:g}）",
     "finite_number": "（应为有限的数）",

@@ -129,22 +129,21 @@ class SpeechCalls:
             self._check_model(body.model, (self.model, *self.others, *OF_OPENAI))
             speaker = self.others.get(body.model or "", self.speaker)
             keep_warm_s = self._keep_warm(request, body.keep_alive)
-            edit = speaker.named_edit(body.instructions)
+            words = None if upload is None else self._words("ref_text", body.ref_text)
             ask = partial(
-                speaker.checked, body.input, format=body.response_format, speed=body.speed, edit=edit,
-                keep_warm_s=keep_warm_s,
+                speaker.checked, body.input, _name(body) if upload is None else None, body.response_format,
+                body.speed, body.instructions, keep_warm_s,
             )  # fmt: skip
+            with naming(recording="voice"):
+                asked = await to_thread.run_sync(ask, limiter=self.readers)
             if upload is None:
-                with naming(recording="voice"):
-                    asked = await to_thread.run_sync(ask, _name(body), limiter=self.readers)
                 work: Work = naming(recording="voice")(partial(speaker.speak, asked))
             else:
-                self._words("ref_text", body.ref_text)
-                work = partial(self._speak_with, speaker, ask, upload, body.ref_text)
+                work = partial(self._speak_with, speaker, asked, upload, words)
             return self._streamed(
                 work, MEDIA_TYPES[body.response_format], held.pop_all(),
                 most_bytes(body.input, body.response_format, body.speed), turn, sse=body.stream_format == "sse",
-                headers={"x-edit": "/".join(edit) if edit else "none"} if body.instructions else {},
+                headers={"x-edit": "/".join(asked.edit or ("none",))} if body.instructions else {},
             )  # fmt: skip
 
     async def _read_speech(self, request: Request, held: ExitStack) -> tuple[Speech, Upload | None]:
@@ -157,13 +156,13 @@ class SpeechCalls:
         return body, None if body.ref_audio is None else await decoded(body.ref_audio, "ref_audio")
 
     def _speak_with(
-        self, speaker: Speaker, ask: Callable[[Voice], SpeechRequest], upload: Upload, text: str | None, write: Write
+        self, speaker: Speaker, asked: SpeechRequest, upload: Upload, words: str | None, write: Write
     ) -> None:
-        """Speaks with a recording that the request has brought."""
+        """Speaks with a recording that the request has brought; without ``words`` the recognizer writes them."""
         named = naming(recording="ref_audio", prompt_text="ref_text")
         with named, upload.stored(self.service, self.recordings) as recording:
-            voice = Voice("", (text or "").strip() or self.service.transcribe(recording), recording, False, 0)
-            speaker.speak(ask(voice), write)
+            voice = Voice("", words or self.service.transcribe(recording), recording, False, 0)
+            speaker.speak(speaker.with_voice(asked, voice), write)
 
     def _words(self, param: str, text: str | None) -> str:
         """Returns the words of a recording, empty if the recognizer is to write them; raises `InvalidInput`."""
