@@ -777,6 +777,21 @@ class TestFormsOnDisk:
 
 
 class TestEdits:
+    def test_a_new_text_that_the_engine_does_not_speak_is_refused_before_the_conversion(
+        self, tmp_path: Path, recording: str
+    ) -> None:
+        heard: list[str] = []
+        served = Served(tmp_path, recognize=lambda path: heard.append(path) or "heard")
+        served.service.edit_types = {**served.service.edit_types, "paralinguistic": []}
+        audio = base64.b64encode(Path(recording).read_bytes()).decode()
+        body = {"audio": audio, "task": "paralinguistic", "tagged_text": "жук [Laughter]"}
+        with served.manager:
+            refused = served.client().post("/v1/audio/edits", json=body)
+            assert (refused.status_code, error(refused)["param"]) == (400, "tagged_text")
+            assert (heard, served.tones.asked) == ([], [])
+            answer = served.client().post("/v1/audio/edits", json={**body, "tagged_text": "bug", "text": "жук"})
+            assert answer.status_code == 200, "the words of the recording may be in any language"
+
     def test_a_recording_is_changed(self, served: Served, recording: str) -> None:
         with open(recording, "rb") as file:
             answer = served.client().post(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,6 +60,23 @@ class UnknownSpeechModel(BadRequest):
             f"没有模型 {name!r:.40}：可用 {'、'.join(known)}，也可以不填",
         )
         self._arguments = (name, known)
+
+
+def check_model(name: str | None, known: tuple[str, ...]) -> None:
+    """Raises `UnknownSpeechModel` for a name that is not ``known``."""
+    if name is not None and name not in known:
+        raise UnknownSpeechModel(name, known)
+
+
+def check_task(task: str, offered: Iterable[str]) -> None:
+    """Raises `BadRequest` for a task of edits that is not offered."""
+    tasks = [name for name in offered if name != "clone"]
+    if task not in tasks:
+        raise BadRequest(
+            "task",
+            f"There is no task {task!r:.40}: give one of {', '.join(tasks)}",
+            f"没有编辑任务 {task!r:.40}：可用 {'、'.join(tasks)}",
+        )
 
 
 class ChangeNotAllowed(errors.NotAllowed):

@@ -25,7 +25,7 @@ from ..speech.service import SpeechService
 from ..speech.speaking import Speaker, SpeechRequest, most_bytes
 from ..speech.voices import UnknownVoice, Voice, checked_name
 from .bodies import Upload, decoded, is_form, keep_forms_in, read_json, read_upload
-from .openai_errors import BadRequest, ChangeNotAllowed, UnknownSpeechModel, naming, refusal
+from .openai_errors import BadRequest, ChangeNotAllowed, check_model, check_task, naming, refusal
 from .openai_route import OpenAiRoute, either_body, form_body, json_body, refusals, streamed
 from .openai_schema import (
     DeletedVoice,
@@ -126,7 +126,7 @@ class SpeechCalls:
             turn = held.enter_context(self.turns.taken(network(request)))
             body, upload = await self._read_speech(request, held)
             turn.received()
-            self._check_model(body.model, (self.model, *self.others, *OF_OPENAI))
+            check_model(body.model, (self.model, *self.others, *OF_OPENAI))
             speaker = self.others.get(body.model or "", self.speaker)
             keep_warm_s = self._keep_warm(request, body.keep_alive)
             words = None if upload is None else self._words("ref_text", body.ref_text)
@@ -187,9 +187,12 @@ class SpeechCalls:
             body, upload = await read_upload(request, Edit, self.recordings)
             held.callback(upload.close)
             turn.received()
-            self._check_task(body.task)
+            check_task(body.task, self.service.edit_types)
             with _naming_edits():
-                self.service.checked_edit(body.text, body.task, body.sub_task, body.tagged_text)
+                check = self.service.checked_edit
+                await to_thread.run_sync(
+                    check, body.text, body.task, body.sub_task, body.tagged_text, limiter=self.readers
+                )
             work = partial(self._edit, body, upload)
             return self._streamed(work, MEDIA_TYPES[body.response_format], held.pop_all(), turn=turn)
 
@@ -215,7 +218,7 @@ class SpeechCalls:
             held.enter_context(self.slots.taken())
             body, upload = await read_upload(request, Transcription, self.recordings)
             held.callback(upload.close)
-            self._check_model(body.model, OF_OPENAI_TRANSCRIBE)
+            check_model(body.model, OF_OPENAI_TRANSCRIBE)
             if body.response_format not in ("json", "text"):
                 raise BadRequest(
                     "response_format",
@@ -308,18 +311,6 @@ class SpeechCalls:
         self.keys.check(request)
         if not self.keys.may_change(request):
             raise ChangeNotAllowed
-
-    def _check_task(self, task: str) -> None:
-        tasks = [name for name in self.service.edit_types if name != "clone"]
-        if task not in tasks:
-            raise BadRequest(
-                "task", f"There is no task {task!r:.40}: give one of {', '.join(tasks)}",
-                f"没有编辑任务 {task!r:.40}：可用 {'、'.join(tasks)}",
-            )  # fmt: skip
-
-    def _check_model(self, name: str | None, known: tuple[str, ...]) -> None:
-        if name is not None and name not in known:
-            raise UnknownSpeechModel(name, known)
 
     def _keep_warm(self, request: Request, keep_alive: float | str | None) -> float | None:
         """Returns the seconds of a ``keep_alive``, None without one; raises `BadRequest` and `ChangeNotAllowed`."""

@@ -156,7 +156,10 @@ class SpeechService:
         task, info = self.checked_task(edit_type, edit_info)
         spoken = self.checked_text("prompt_text", audio_text)
         # Only paralinguistic changes the text: its target text is the old one with tags such as [Laughter].
-        wanted = self.checked_text("target_text", text, _NO_TAGS) if task == "paralinguistic" else spoken
+        if task != "paralinguistic":
+            return task, info, spoken, spoken
+        wanted = self.checked_text("target_text", text, _NO_TAGS)
+        check(self.engine, "check_text", wanted, "target_text")
         return task, info, spoken, wanted
 
     def transcribe(self, recording: str) -> str:
