@@ -277,8 +277,9 @@ class TestBadSpeech:
             ({"voice": None}, 400, "voice", "missing"),
             ({"voice": "nobody"}, 400, "voice", "choose one of high, low"),
             ({"voice": "../../etc/passwd"}, 400, "voice", "choose one of high, low"),
-            ({"voice": ["high"]}, 400, "voice", ""),
-            ({"voice": {"id": 5}}, 400, "voice", ""),
+            ({"voice": ["high"]}, 400, "voice", "'id'"),
+            ({"voice": {"id": 5}}, 400, "voice", "'id'"),
+            ({"voice": {"name": "high"}}, 400, "voice", "应为名称，或以 'id' 给出名称的对象"),
             ({"voice": None, "ref_audio": "%%%", "ref_text": "x"}, 400, "ref_audio", "base64"),
             ({"voice": None, "ref_audio": "aGVsbG8="}, 400, "ref_text", "missing"),
             ({"voice": None, "ref_audio": "aGVsbG8=", "ref_text": "x"}, 400, "ref_audio", "cannot be read"),
@@ -291,7 +292,7 @@ class TestBadSpeech:
             ({"speed": "fast"}, 400, "speed", ""),
             ({"instructions": "x" * 4097}, 400, "instructions", "最多 4096 个字符"),
             ({"keep_alive": "soon"}, 400, "keep_alive", "5m"),
-            ({"keep_alive": True}, 400, "keep_alive", ""),
+            ({"keep_alive": True}, 400, "keep_alive", "a number of seconds, or a string"),
         ],
     )  # fmt: skip
     def test_what_is_wrong_is_named(
@@ -537,6 +538,33 @@ class TestWordsOfErrors:
         described = json.dumps(served.client().get("/openapi.json").json())
         for text in (refused, described):
             assert "-1: until another request ends or the model is offloaded" in text
+
+    @pytest.mark.parametrize(
+        ("path", "fields", "param"),
+        [("speech", {"input": "Hello.", "ref_text": "w"}, "ref_audio"),
+         ("voices", {"name": "Ada", "text": "w"}, "audio"), ("edits", {"task": "vad", "text": "w"}, "audio")],
+    )  # fmt: skip
+    def test_a_recording_that_cannot_be_read_has_the_name_of_its_field(
+        self, served: Served, path: str, fields: dict[str, str], param: str
+    ) -> None:
+        for client_sends, name in (
+            ({"json": {**fields, param: base64.b64encode(b"no sound").decode()}}, param),
+            ({"data": fields, "files": {"file": b"no sound"}}, "file"),
+        ):
+            refused = served.client().post(f"/v1/audio/{path}", **client_sends)  # type: ignore[arg-type]
+            assert (refused.status_code, error(refused)["param"]) == (400, name)
+
+    def test_lone_surrogates_are_replaced_in_all_texts(self, served: Served, recording: str) -> None:
+        audio, lone = base64.b64encode(Path(recording).read_bytes()).decode(), "\ud800 hi"
+        for path, body, status in (
+            ("voices", {"name": "Ada", "text": lone, "audio": audio}, 201),
+            ("speech", {"input": lone, "voice": "Ada", "response_format": "wav"}, 200),
+            ("speech", {"input": lone, "ref_audio": audio, "ref_text": lone, "response_format": "wav"}, 200),
+            ("edits", {"task": "vad", "text": lone, "audio": audio}, 200),
+        ):
+            answer = served.client().post(f"/v1/audio/{path}", content=json.dumps(body))
+            assert answer.status_code == status, answer.text
+        assert served.tones.asked == [("clone", "\ufffd hi", "\ufffd hi")] * 2 + [("edit", "\ufffd hi", "vad", None)]
 
     def test_errors_repeat_the_begin_of_a_long_value_only(self, served: Served, recording: str) -> None:
         audio, long = base64.b64encode(Path(recording).read_bytes()).decode(), "x" * 100_000

@@ -49,6 +49,14 @@ _WANTED = {
     "bool_parsing": "（应为 true 或 false）",
 }
 """What Pydantic's messages say, in Chinese, by its type of error."""
+_OF_FIELDS = {
+    "keep_alive": ("Input should be a number of seconds, or a string such as '5m'", "（应为秒数，或 '5m' 等字符串）"),
+    "voice": (
+        "Input should be a name, or an object with the name as its 'id'",
+        "（应为名称，或以 'id' 给出名称的对象）",
+    ),
+}
+"""The same, in both languages, for fields of several types: Pydantic's message is about the first of them only."""
 _ROOM_BYTES = 16 << 20
 """Disk space that is reserved at a time for a form of unknown length."""
 
@@ -95,20 +103,20 @@ def checked(kind: type[Body], values: Mapping[str, Any]) -> Body:
         if first["type"] == "missing":
             raise BadRequest(name, f"{name} is missing: send it", f"缺少 {name}：请发送") from None
         wanted = _WANTED.get(first["type"], "").format(**first.get("ctx", {}))
-        wanted = wanted.replace(" or ", "、").replace(", ", "、")
-        raise BadRequest(
-            name, f"{name} is not valid ({first['msg']}): see /docs", f"{name} 无效{wanted}：参见 /docs"
-        ) from None
+        en, zh = _OF_FIELDS.get(name or "", (first["msg"], wanted.replace(" or ", "、").replace(", ", "、")))
+        raise BadRequest(name, f"{name} is not valid ({en}): see /docs", f"{name} 无效{zh}：参见 /docs") from None
 
 
 class Upload:
     """The recording of a request: a form's file, or the bytes of base64 in JSON. `close` deletes the form's file.
 
-    It may be called repeatedly.
+    It may be called repeatedly. ``param``: the parameter that has the recording.
     """
 
-    def __init__(self, file: IO[bytes] | None, data: bytes = b"", close: Callable[[], Any] = lambda: None) -> None:
-        self._file, self._data, self.close = file, data, close
+    def __init__(
+        self, param: str, file: IO[bytes] | None, data: bytes = b"", close: Callable[[], Any] = lambda: None
+    ) -> None:
+        self.param, self._file, self._data, self.close = param, file, data, close
 
     @contextmanager
     def stored(self, service: SpeechService, recordings: Recordings) -> Iterator[str]:
@@ -176,7 +184,7 @@ async def read_upload(request: Request, kind: type[Body], recordings: Recordings
                 f"表单中没有录音：请以文件字段 {_FILES[0]!r} 发送",
             )
         body = checked(kind, {"audio": "", **values})
-        return body, Upload(file.file, close=held.pop_all().close)
+        return body, Upload(_FILES[0], file.file, close=held.pop_all().close)
 
 
 async def _read_form(request: Request, recordings: Recordings, held: ExitStack) -> FormData:
@@ -219,7 +227,7 @@ async def decoded(text: str, param: str) -> Upload:
             f"{param} is empty, or no base64: encode the file's bytes",
             f"{param} 为空或不是 base64：请对文件内容进行编码",
         )
-    return Upload(None, data)
+    return Upload(param, None, data)
 
 
 def _decoded(text: str) -> bytes:

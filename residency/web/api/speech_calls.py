@@ -159,7 +159,7 @@ class SpeechCalls:
         self, speaker: Speaker, asked: SpeechRequest, upload: Upload, words: str | None, write: Write
     ) -> None:
         """Speaks with a recording that the request has brought; without ``words`` the recognizer writes them."""
-        named = naming(recording="ref_audio", prompt_text="ref_text")
+        named = naming(recording=upload.param, prompt_text="ref_text")
         with named, upload.stored(self.service, self.recordings) as recording:
             voice = Voice("", words or self.service.transcribe(recording), recording, False, 0)
             speaker.speak(speaker.with_voice(asked, voice), write)
@@ -188,7 +188,7 @@ class SpeechCalls:
             held.callback(upload.close)
             turn.received()
             check_task(body.task, self.service.edit_types)
-            with _naming_edits():
+            with _naming_edits(upload):
                 check = self.service.checked_edit
                 await to_thread.run_sync(
                     check, body.text, body.task, body.sub_task, body.tagged_text, limiter=self.readers
@@ -197,7 +197,7 @@ class SpeechCalls:
             return self._streamed(work, MEDIA_TYPES[body.response_format], held.pop_all(), turn=turn)
 
     def _edit(self, body: Edit, upload: Upload, write: Write) -> None:
-        with _naming_edits(), upload.stored(self.service, self.recordings) as recording:
+        with _naming_edits(upload), upload.stored(self.service, self.recordings) as recording:
             text = body.text or (self.service.transcribe(recording) if self.service.transcribes else "")
             edited, _ = self.service.edit(recording, text, body.task, body.sub_task, body.tagged_text)
         try:
@@ -259,7 +259,7 @@ class SpeechCalls:
             return self._streamed(work, "application/json", held.pop_all(), status=201)
 
     def _store(self, name: str, text: str, upload: Upload, write: Write) -> None:
-        with upload.stored(self.service, self.recordings) as recording:
+        with naming(recording=upload.param), upload.stored(self.service, self.recordings) as recording:
             voice = self.speaker.voices.add(name, text or self.service.transcribe(recording), recording)
         write(_facts(voice).model_dump_json().encode())
 
@@ -332,8 +332,8 @@ def _name(body: Speech) -> str:
     return body.voice if isinstance(body.voice, str) else body.voice.id
 
 
-def _naming_edits() -> AbstractContextManager[None]:
-    return naming(prompt_text="text", target_text="tagged_text", recording="file")
+def _naming_edits(upload: Upload) -> AbstractContextManager[None]:
+    return naming(prompt_text="text", target_text="tagged_text", recording=upload.param)
 
 
 def _facts(voice: Voice) -> VoiceFacts:

@@ -18,7 +18,7 @@ from ...cancellation import checkpoint
 from ...contracts import Engine
 from ...errors import Field, InvalidInput, ManagerClosed, RequestCancelled, ResidencyError, about
 from ...observability.error_classification import message_of
-from ...sentences import Sentence
+from ...sentences import Sentence, without_surrogates
 from ..shared.language import en, zh
 from .conversion import Conversion, Limits
 from .queue import SpeechQueue
@@ -213,8 +213,11 @@ class SpeechService:
     def checked_text(
         self, field: Field, text: str | None, missing: Sentence | None = None, limit: int | None = None
     ) -> str:
-        """Returns the text without spaces at its ends. Raises `InvalidInput` if it is ``missing``, or too long."""
-        text = (text or "").strip()
+        """Returns the text without spaces at its ends, and U+FFFD in place of lone surrogates.
+
+        Raises `InvalidInput` if it is ``missing``, or too long.
+        """
+        text = without_surrogates(text or "").strip()
         limit = limit or (self.limits.target_text if field == "target_text" else self.limits.text)
         if missing and not text:
             raise InvalidInput(missing.en, missing.zh, field)
