@@ -32,7 +32,8 @@ from starlette.testclient import TestClient
 from residency.errors import InvalidInput, RequestStopped, WorkerEnded
 from residency.sentences import Sentence
 from residency.web.api import streamed
-from residency.web.speech import task_names
+from residency.web.speech import task_names, voices
+from residency.web.speech.voices import VoicesUnreadable
 from tts_gpu_managed import ask
 
 pytestmark = pytest.mark.in_process("the tests' engine has gates, which a worker process does not have")
@@ -565,6 +566,37 @@ class TestWordsOfErrors:
             answer = served.client().post(f"/v1/audio/{path}", content=json.dumps(body))
             assert answer.status_code == status, answer.text
         assert served.tones.asked == [("clone", "\ufffd hi", "\ufffd hi")] * 2 + [("edit", "\ufffd hi", "vad", None)]
+
+    @pytest.mark.parametrize(
+        ("cause", "status", "code", "says"),
+        [(PermissionError(errno.EACCES, "Permission denied"), 503, "voices_unavailable", "may write there"),
+         (OSError(errno.ENOSPC, "No space left on device"), 507, "disk_full", "free space there")],
+    )  # fmt: skip
+    def test_a_voice_that_cannot_be_stored(
+        self, served: Served, recording: str, monkeypatch: pytest.MonkeyPatch, cause: OSError, status: int, code: str,
+        says: str,
+    ) -> None:  # fmt: skip
+        def fail(*arguments: Any, **keywords: Any) -> Any:
+            raise cause
+
+        monkeypatch.setattr(voices.os, "rename", fail)
+        refused = store(served, recording)
+        assert (refused.status_code, error(refused)["code"]) == (status, code)
+        assert says in error(refused)["message"]
+        assert ("retry-after" in refused.headers) == (status == 503)
+
+    def test_a_store_that_does_not_answer(self, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail() -> Any:
+            raise VoicesUnreadable("s3://bucket/voices", "no network")
+
+        monkeypatch.setattr(served.voices, "_stored", fail)
+        assert speech(served).status_code == 200, "the voice ships with the app"
+        client = served.client()
+        for refused in (
+            speech(served, voice="Ada"), client.get("/v1/audio/voices"), client.delete("/v1/audio/voices/Ada"),
+        ):  # fmt: skip
+            assert (refused.status_code, error(refused)["code"]) == (503, "voices_unavailable")
+            assert int(refused.headers["retry-after"]) >= 1
 
     def test_errors_repeat_the_begin_of_a_long_value_only(self, served: Served, recording: str) -> None:
         audio, long = base64.b64encode(Path(recording).read_bytes()).decode(), "x" * 100_000

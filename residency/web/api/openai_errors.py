@@ -17,7 +17,7 @@ from ..server.rate_limit import TooManyWrongKeys
 from ..speech.recordings import DISK_IS_FULL, DiskFull, OutOfDiskSpace
 from ..speech.service import ShuttingDown, explain
 from ..speech.speaking import SpeechEditFailed
-from ..speech.voices import UnknownVoice, VoiceExists, VoiceNotStored, VoicesFull
+from ..speech.voices import UnknownVoice, VoiceExists, VoiceNotStored, VoicesFull, VoicesUnreadable
 
 PARAMETERS: Mapping[str, str] = {
     "recording": "file", "prompt_text": "text", "target_text": "input", "task": "task", "sub_task": "sub_task",
@@ -128,7 +128,8 @@ _CODES: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (errors.InvalidInput, 400, "invalid_request_error", None),
     (TooManyRequests, 429, "rate_limit_error", "rate_limit_exceeded"),
     (errors.ModelBusy, 429, "rate_limit_error", "model_busy"),
-    (VoiceNotStored, 507, "server_error", "disk_full"),
+    (VoiceNotStored, 503, "server_error", "voices_unavailable"),
+    (VoicesUnreadable, 503, "server_error", "voices_unavailable"),
     (VoicesFull, 507, "server_error", "voices_full"),
     (DiskFull, 507, "server_error", "disk_full"),
     (OutOfDiskSpace, 507, "server_error", "disk_full"),
@@ -161,6 +162,8 @@ def described(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
 
 def _code(error: Exception) -> tuple[int, str, str | None]:
     """Returns status, type and code of an error."""
+    if isinstance(error, VoiceNotStored) and error.is_full:
+        return 507, "server_error", "disk_full"
     if found := next((row for row in _CODES if isinstance(error, row[0])), None):
         return found[1:]
     if is_out_of_device_memory(error):

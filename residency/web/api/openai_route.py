@@ -35,7 +35,8 @@ _REFUSALS: dict[int, tuple[str, Exception | None]] = {
     ),
     500: ("The engine failed.", None),
     503: (
-        "The model is not available in time, its worker process has ended, or the app is shutting down.",
+        "The model is not available in time, its worker process has ended, the store of the voices does not answer, "
+        "or the app is shutting down.",
         ShuttingDown(),
     ),
     507: ("The server has no disk space left.", DiskFull()),

@@ -97,14 +97,14 @@ class SpeechCalls:
         add("/v1/audio/transcriptions", self.transcriptions, response_model=Transcript, methods=["POST"],
             responses={200: streamed("text/plain", "text/event-stream"), **refusals(400, 401, 404, *_OF_WORK)},
             openapi_extra=form_body(Transcription), **speaks)  # fmt: skip
-        add("/v1/audio/voices", self.voices, response_model=Voices, responses=refusals(401, 429), **voices)
+        add("/v1/audio/voices", self.voices, response_model=Voices, responses=refusals(401, 429, 503), **voices)
         add("/v1/audio/voices", self.add_voice, response_model=VoiceFacts, methods=["POST"], status_code=201,
             responses={201: stored, **refusals(400, 401, 409, *_OF_WORK)},
             openapi_extra=either_body(form_body(VoiceSample), json_body(VoiceSample)), **voices)  # fmt: skip
         name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
         unknown = ("There is no such voice.", UnknownVoice("Ada", ("high", "low")))
         add("/v1/audio/voices/{name}", self.remove_voice, response_model=DeletedVoice, methods=["DELETE"],
-            responses=refusals(400, 401, 404, 429, 507, unknown=unknown), openapi_extra={"parameters": [name]},
+            responses=refusals(400, 401, 404, 429, 503, 507, unknown=unknown), openapi_extra={"parameters": [name]},
             **voices)  # fmt: skip
 
     async def models(self, request: Request) -> JSONResponse:
