@@ -732,6 +732,18 @@ def store(served: Served, recording: str, name: str = "Ada", client: TestClient 
 
 
 class TestVoices:
+    @pytest.mark.parametrize(("name", "status"), [("ADA", 409), ("high", 409), ("../x", 400)])
+    def test_the_name_is_checked_before_the_recording(
+        self, tmp_path: Path, recording: str, name: str, status: int
+    ) -> None:
+        heard: list[str] = []
+        served = Served(tmp_path, recognize=lambda path: heard.append(path) or "heard")
+        with served.manager:
+            assert store(served, recording).status_code == 201
+            refused = store(served, recording, name, text="")
+        assert (refused.status_code, error(refused)["param"]) == (status, "name")
+        assert heard == []
+
     def test_one_is_stored_spoken_with_and_deleted(self, served: Served, recording: str) -> None:
         assert store(served, recording).status_code == 201
         listed = served.client().get("/v1/audio/voices").json()["voices"]

@@ -23,7 +23,7 @@ from ..speech.encoding import MEDIA_TYPES, Encoder
 from ..speech.recordings import Recordings
 from ..speech.service import SpeechService
 from ..speech.speaking import Speaker, SpeechRequest, most_bytes
-from ..speech.voices import UnknownVoice, Voice, checked_name
+from ..speech.voices import UnknownVoice, Voice
 from .bodies import Upload, decoded, is_form, keep_forms_in, read_json, read_upload
 from .openai_errors import BadRequest, ChangeNotAllowed, check_model, check_task, naming, refusal
 from .openai_route import OpenAiRoute, either_body, form_body, json_body, refusals, streamed
@@ -255,10 +255,11 @@ class SpeechCalls:
             held.enter_context(self.slots.taken())
             body, upload = await read_upload(request, VoiceSample, self.recordings)
             held.callback(upload.close)
-            work = partial(self._store, checked_name(body.name), self._words("text", body.text), upload)
+            work = partial(self._store, body.name, self._words("text", body.text), upload)
             return self._streamed(work, "application/json", held.pop_all(), status=201)
 
     def _store(self, name: str, text: str, upload: Upload, write: Write) -> None:
+        name = self.speaker.voices.checked_new(name)
         with naming(recording=upload.param), upload.stored(self.service, self.recordings) as recording:
             voice = self.speaker.voices.add(name, text or self.service.transcribe(recording), recording)
         write(_facts(voice).model_dump_json().encode())

@@ -166,8 +166,7 @@ class VoiceStore:
             self._check_audio(recording)
         created = int(time.time())
         with self._lock:
-            if any(_key(other) == _key(name) for other in self._names()):
-                raise VoiceExists(name)
+            self.checked_new(name)
             try:
                 sizes = [os.path.getsize(folder / RECORDING) for folder in self._stored()]
                 if len(sizes) >= _MOST_VOICES or sum(sizes) + 2 * soundfile.info(recording).frames > _MOST_BYTES:
@@ -187,6 +186,13 @@ class VoiceStore:
                     raise VoiceExists(name) from None  # another app stored it meanwhile
                 raise VoiceNotStored.of(str(self._folder), error) from error
         return Voice(name, text, str(self._folder / name / RECORDING), True, created)
+
+    def checked_new(self, name: str) -> str:
+        """Returns the normal form of a new voice's name; raises `InvalidInput` and `VoiceExists`."""
+        name = checked_name(name)
+        if any(_key(other) == _key(name) for other in self._names()):
+            raise VoiceExists(name)
+        return name
 
     def remove(self, name: str) -> Voice:
         """Deletes a stored voice and returns it; raises `UnknownVoice`, and `InvalidInput` for one that ships."""
