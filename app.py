@@ -36,8 +36,8 @@ __all__ = ["EditxTab", "main"]
 logger = logging.getLogger("app")
 
 _OPEN_PAGE = Sentence(
-    "--api-key closes /v1 only: everyone who reaches the page can still speak there, and with the page's own calls "
-    "(/gradio_api). Add --auth USER:PASSWORD to close them too.",
+    "--api-key closes /v1 only: everyone who reaches the page can still have texts spoken there, and with the page's "
+    "own calls (/gradio_api). Add --auth USER:PASSWORD to close them too.",
     "--api-key 只保护 /v1：能访问页面的人仍可在页面上、或通过页面自身的接口（/gradio_api）合成语音。"
     "如需一并保护，请加上 --auth 用户名:密码。",
 )

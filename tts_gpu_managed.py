@@ -148,8 +148,11 @@ class GPUManagedTTS:
         """Edits a recording. Returns float32 [1, samples] on the CPU, and Hz.
 
         The names of the newer generation (``prompt_wav_path``, ``prompt_text``, ``target_text``) are accepted too.
-        Raises `InvalidInput`, before the engine is loaded, if `check_audio` refuses the recording.
+        Raises `InvalidInput`, before the engine is loaded, if `check_audio` refuses the recording, or `check_text` the
+        new text of ``paralinguistic``.
         """
+        if edit_type == "paralinguistic" and text is not None:  # all others keep the words of the recording
+            self.check_text(text)
         self.check_audio(input_audio_path)
         return self._speak("edit", input_audio_path, audio_text, edit_type, edit_info, text)
 

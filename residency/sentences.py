@@ -48,6 +48,11 @@ class Sentence(str):
         return type(self), (self.en, self.zh, str(self))
 
 
+def without_surrogates(text: str) -> str:
+    """Returns a text with U+FFFD in place of lone surrogates, which cannot be encoded; JSON may have them."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 _BOTH = re.compile(r"(?P<before>[\w-]+: )?(?P<en>[^\n]+?) / (?P<zh>[^\n]*[\u4e00-\u9fff][^\n]*)")
 
 

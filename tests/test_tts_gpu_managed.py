@@ -26,6 +26,7 @@ from gpu_manager import (
 )
 from residency.engines import step_audio
 from residency.engines.builtin import HTTPException
+from residency.engines.text import speakable
 from residency.errors import InvalidInput
 from tts_gpu_managed import GPUManagedTTS
 
@@ -292,6 +293,14 @@ class TestTextsThatTheEngineCannotSay:
             tts.clone("prompt.wav", "said", "Привет, мир")
         assert simulated.status()["models"]["tts"]["state"] == "released"
         tts.check_text("你好，世界")
+
+    def test_are_refused_as_the_new_text_of_an_edit(self, simulated: GPUResourceManager) -> None:
+        tts = GPUManagedTTS("weights", lambda: None, manager=simulated, load=RecordingEngine, check_text=speakable)
+        with pytest.raises(InvalidInput, match="English only"):
+            tts.edit("a.wav", "Привет", "paralinguistic", None, "Привет [Sigh]")
+        assert simulated.status()["models"]["tts"]["state"] == "released"
+        tts.edit("a.wav", "Привет", "emotion", "happy", "Привет")  # keeps the words of the recording
+        assert tts.calls == [("edit", "a.wav", "Привет", "emotion", "happy", "Привет")]
 
     def test_are_refused_by_a_check_that_is_given(self, simulated: GPUResourceManager) -> None:
         def check(text: str) -> None:

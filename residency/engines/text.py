@@ -74,8 +74,8 @@ def spoken_by_step_audio(text: str) -> None:
     if unknown := foreign[0] if most else _in_another_language(text):
         raise InvalidInput(
             f"Step-Audio-EditX does not speak the language of “{_short(unknown)}”: write the text in Chinese "
-            f"(Mandarin; Cantonese or Sichuanese after [Cantonese] or [Sichuanese]), English, Japanese (after "
-            f"[Japanese]) or Korean (after [Korean])",
+            f"(Mandarin; for Cantonese or Sichuanese begin the text with [Cantonese] or [Sichuanese]), English, "
+            f"Japanese (begin the text with [Japanese]) or Korean (begin it with [Korean])",
             f"Step-Audio-EditX 不支持“{_short(unknown)}”所属的语言：请用中文（普通话；粤语、四川话请在开头加 "
             f"[Cantonese] 或 [Sichuanese]）、英语、日语（开头加 [Japanese]）或韩语（开头加 [Korean]）填写",
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -13,7 +15,7 @@ from recordings import write_tone
 
 from residency.errors import InvalidInput
 from residency.web.speech.object_voices import ObjectVoices, voice_store
-from residency.web.speech.voices import UnknownVoice, VoiceExists, VoiceNotStored, VoiceStore
+from residency.web.speech.voices import UnknownVoice, VoiceExists, VoiceNotStored, VoiceStore, VoicesUnreadable
 
 
 @pytest.fixture(params=["memory", "file"])
@@ -86,18 +88,70 @@ def test_a_store_that_fails_changes_nothing(recording: str, monkeypatch: pytest.
     assert names(store) == ["Ada"]
 
 
+def test_a_store_that_does_not_answer_leaves_the_voices_that_ship(
+    url: str, recording: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ObjectVoices(url)
+    store.add("Ada", "words", recording)
+    monkeypatch.setattr(store._store, "ls", failing)
+    assert store.get("HIGH").name == "high"
+    for read in (store.all, lambda: store.get("Ada"), lambda: store.remove("Ada")):
+        with pytest.raises(VoicesUnreadable, match=r"no network.*high and low can be used"):
+            read()
+    monkeypatch.undo()
+    new = ObjectVoices(url)
+    monkeypatch.setattr(new._store, "cat_file", failing)
+    with pytest.raises(VoicesUnreadable, match="no network"):
+        new.all()
+    monkeypatch.undo()
+    assert store.get("Ada").text == "words"
+
+
+@pytest.mark.parametrize("slow", ["ls", "cat_file"])
+def test_a_slow_answer_of_the_store_delays_its_own_request_only(
+    url: str, recording: str, monkeypatch: pytest.MonkeyPatch, slow: str
+) -> None:
+    mine, others = ObjectVoices(url), ObjectVoices(url)
+    mine.add("Ada", "words", recording)
+    reached, goes_on, plain = threading.Event(), threading.Event(), getattr(others._store, slow)
+
+    def late(*arguments: Any, **keywords: Any) -> Any:
+        answer = plain(*arguments, **keywords)
+        if not reached.is_set():
+            reached.set()
+            assert goes_on.wait(60)
+        return answer
+
+    monkeypatch.setattr(others._store, slow, late)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(others.get, "Ada")
+        try:
+            assert reached.wait(60)
+            assert others.get("Ada").text == "words"
+            others.remove("Ada")
+            others.add("Ada", "new words", recording)
+        finally:
+            goes_on.set()
+        assert first.result(60).text == "new words", "the store has changed since the first answer"
+    assert names(others) == ["Ada"]
+    assert Path(others.get("Ada").recording).is_file()
+
+
 def failing(*arguments: object, **keywords: object) -> None:
     raise OSError("no network")
 
 
-def test_an_object_that_is_no_voice_is_no_voice(url: str, recording: str) -> None:
+def test_an_object_that_is_no_voice_is_no_voice(url: str, recording: str, monkeypatch: pytest.MonkeyPatch) -> None:
     store = ObjectVoices(url)
     store.add("Ada", "words", recording)
     fs, root = fsspec.core.url_to_fs(url)
     fs.pipe_file(f"{root}/Bad.voice.zip", b"no archive")
     fs.pipe_file(f"{root}/..%2Fout.voice.zip", fs.cat_file(f"{root}/Ada.voice.zip"))
     fs.pipe_file(f"{root}/notes.txt", b"notes")
-    assert names(ObjectVoices(url)) == ["Ada"]
+    other = ObjectVoices(url)
+    assert names(other) == ["Ada"]
+    monkeypatch.setattr(other._store, "cat_file", failing)
+    assert names(other) == ["Ada"], "it was read once"
 
 
 @pytest.mark.parametrize("wrong", ["nonsense://voices", "s3://bucket/voices"])

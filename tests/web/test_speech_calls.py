@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextvars
 import errno
@@ -32,6 +33,8 @@ from starlette.testclient import TestClient
 from residency.errors import InvalidInput, RequestStopped, WorkerEnded
 from residency.sentences import Sentence
 from residency.web.api import streamed
+from residency.web.speech import task_names, voices
+from residency.web.speech.voices import VoicesUnreadable
 from tts_gpu_managed import ask
 
 pytestmark = pytest.mark.in_process("the tests' engine has gates, which a worker process does not have")
@@ -225,6 +228,41 @@ class TestSpeech:
         assert set(form["required"]) == {"file", "input"}
         assert "ref_audio" not in form["properties"]
 
+    @pytest.mark.parametrize(
+        ("fields", "param"),
+        [({"input": " "}, "input"), ({"input": "жук"}, "input"), ({"input": "x" * 5001}, "input"),
+         ({"input": "..."}, "input"), ({"response_format": "ogg"}, "response_format"), ({"speed": 9}, "speed"),
+         ({"instructions": "x" * 4097}, "instructions")],
+    )  # fmt: skip
+    def test_a_recording_is_neither_converted_nor_recognized_for_a_bad_request(
+        self, tmp_path: Path, recording: str, fields: dict[str, Any], param: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        heard: list[str] = []
+        served = Served(tmp_path, recognize=lambda path: heard.append(path) or "heard")
+        monkeypatch.setattr(served.service.incoming, "readable", lambda path: heard.append(path) or path)
+        audio = base64.b64encode(Path(recording).read_bytes()).decode()
+        with served.manager:
+            refused = speech(served, voice=None, ref_audio=audio, **fields)
+            assert (refused.status_code, error(refused)["param"]) == (400, param)
+            assert heard == []
+            assert speech(served, voice=None, ref_audio=audio).status_code == 200
+        assert [words for _, words, _ in served.tones.asked] == ["heard"] * 3
+
+    def test_instructions_are_read_beside_other_requests(self, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+        threads: list[str] = []
+        named_in = task_names.named_in
+        monkeypatch.setattr(task_names, "named_in", lambda *given: threads.append(sniffed()) or named_in(*given))
+        assert speech(served, instructions="happy").headers["x-edit"] == "emotion/happy"
+        assert threads == ["no event loop"]
+
+
+def sniffed() -> str:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return "no event loop"
+    return "event loop"
+
 
 class TestBadSpeech:
     @pytest.mark.parametrize(
@@ -241,8 +279,9 @@ class TestBadSpeech:
             ({"voice": None}, 400, "voice", "missing"),
             ({"voice": "nobody"}, 400, "voice", "choose one of high, low"),
             ({"voice": "../../etc/passwd"}, 400, "voice", "choose one of high, low"),
-            ({"voice": ["high"]}, 400, "voice", ""),
-            ({"voice": {"id": 5}}, 400, "voice", ""),
+            ({"voice": ["high"]}, 400, "voice", "'id'"),
+            ({"voice": {"id": 5}}, 400, "voice", "'id'"),
+            ({"voice": {"name": "high"}}, 400, "voice", "应为名称，或以 'id' 给出名称的对象"),
             ({"voice": None, "ref_audio": "%%%", "ref_text": "x"}, 400, "ref_audio", "base64"),
             ({"voice": None, "ref_audio": "aGVsbG8="}, 400, "ref_text", "missing"),
             ({"voice": None, "ref_audio": "aGVsbG8=", "ref_text": "x"}, 400, "ref_audio", "cannot be read"),
@@ -253,8 +292,9 @@ class TestBadSpeech:
             ({"speed": 0.1}, 400, "speed", "0.25"),
             ({"speed": 9}, 400, "speed", "4"),
             ({"speed": "fast"}, 400, "speed", ""),
+            ({"instructions": "x" * 4097}, 400, "instructions", "最多 4096 个字符"),
             ({"keep_alive": "soon"}, 400, "keep_alive", "5m"),
-            ({"keep_alive": True}, 400, "keep_alive", ""),
+            ({"keep_alive": True}, 400, "keep_alive", "a number of seconds, or a string"),
         ],
     )  # fmt: skip
     def test_what_is_wrong_is_named(
@@ -501,6 +541,78 @@ class TestWordsOfErrors:
         for text in (refused, described):
             assert "-1: until another request ends or the model is offloaded" in text
 
+    @pytest.mark.parametrize(
+        ("path", "fields", "param"),
+        [("speech", {"input": "Hello.", "ref_text": "w"}, "ref_audio"),
+         ("voices", {"name": "Ada", "text": "w"}, "audio"), ("edits", {"task": "vad", "text": "w"}, "audio")],
+    )  # fmt: skip
+    def test_a_recording_that_cannot_be_read_has_the_name_of_its_field(
+        self, served: Served, path: str, fields: dict[str, str], param: str
+    ) -> None:
+        for client_sends, name in (
+            ({"json": {**fields, param: base64.b64encode(b"no sound").decode()}}, param),
+            ({"data": fields, "files": {"file": b"no sound"}}, "file"),
+        ):
+            refused = served.client().post(f"/v1/audio/{path}", **client_sends)  # type: ignore[arg-type]
+            assert (refused.status_code, error(refused)["param"]) == (400, name)
+
+    def test_lone_surrogates_are_replaced_in_all_texts(self, served: Served, recording: str) -> None:
+        audio, lone = base64.b64encode(Path(recording).read_bytes()).decode(), "\ud800 hi"
+        for path, body, status in (
+            ("voices", {"name": "Ada", "text": lone, "audio": audio}, 201),
+            ("speech", {"input": lone, "voice": "Ada", "response_format": "wav"}, 200),
+            ("speech", {"input": lone, "ref_audio": audio, "ref_text": lone, "response_format": "wav"}, 200),
+            ("edits", {"task": "vad", "text": lone, "audio": audio}, 200),
+        ):
+            answer = served.client().post(f"/v1/audio/{path}", content=json.dumps(body))
+            assert answer.status_code == status, answer.text
+        assert served.tones.asked == [("clone", "\ufffd hi", "\ufffd hi")] * 2 + [("edit", "\ufffd hi", "vad", None)]
+
+    @pytest.mark.parametrize(
+        ("cause", "status", "code", "says"),
+        [(PermissionError(errno.EACCES, "Permission denied"), 503, "voices_unavailable", "may write there"),
+         (OSError(errno.ENOSPC, "No space left on device"), 507, "disk_full", "free space there")],
+    )  # fmt: skip
+    def test_a_voice_that_cannot_be_stored(
+        self, served: Served, recording: str, monkeypatch: pytest.MonkeyPatch, cause: OSError, status: int, code: str,
+        says: str,
+    ) -> None:  # fmt: skip
+        def fail(*arguments: Any, **keywords: Any) -> Any:
+            raise cause
+
+        monkeypatch.setattr(voices.os, "rename", fail)
+        refused = store(served, recording)
+        assert (refused.status_code, error(refused)["code"]) == (status, code)
+        assert says in error(refused)["message"]
+        assert ("retry-after" in refused.headers) == (status == 503)
+
+    def test_a_store_that_does_not_answer(self, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail() -> Any:
+            raise VoicesUnreadable("s3://bucket/voices", "no network")
+
+        monkeypatch.setattr(served.voices, "_stored", fail)
+        assert speech(served).status_code == 200, "the voice ships with the app"
+        client = served.client()
+        for refused in (
+            speech(served, voice="Ada"), client.get("/v1/audio/voices"), client.delete("/v1/audio/voices/Ada"),
+        ):  # fmt: skip
+            assert (refused.status_code, error(refused)["code"]) == (503, "voices_unavailable")
+            assert int(refused.headers["retry-after"]) >= 1
+
+    def test_errors_repeat_the_begin_of_a_long_value_only(self, served: Served, recording: str) -> None:
+        audio, long = base64.b64encode(Path(recording).read_bytes()).decode(), "x" * 100_000
+        edit = {"audio": audio, "text": "w"}
+        for path, body in (
+            ("speech", {"input": "Hello.", "voice": "high", "model": long}),
+            ("speech", {"input": "Hello.", "voice": long}),
+            ("speech", {"input": "Hello.", "voice": "high", "keep_alive": long}),
+            ("edits", {**edit, "task": long}),
+            ("edits", {**edit, "task": "emotion", "sub_task": long}),
+        ):
+            refused = served.client().post(f"/v1/audio/{path}", json=body)
+            error(refused)
+            assert len(refused.content) < 2000, body.keys()
+
 
 class TestKeys:
     @pytest.fixture
@@ -680,6 +792,18 @@ def store(served: Served, recording: str, name: str = "Ada", client: TestClient 
 
 
 class TestVoices:
+    @pytest.mark.parametrize(("name", "status"), [("ADA", 409), ("high", 409), ("../x", 400)])
+    def test_the_name_is_checked_before_the_recording(
+        self, tmp_path: Path, recording: str, name: str, status: int
+    ) -> None:
+        heard: list[str] = []
+        served = Served(tmp_path, recognize=lambda path: heard.append(path) or "heard")
+        with served.manager:
+            assert store(served, recording).status_code == 201
+            refused = store(served, recording, name, text="")
+        assert (refused.status_code, error(refused)["param"]) == (status, "name")
+        assert heard == []
+
     def test_one_is_stored_spoken_with_and_deleted(self, served: Served, recording: str) -> None:
         assert store(served, recording).status_code == 201
         listed = served.client().get("/v1/audio/voices").json()["voices"]
@@ -785,6 +909,21 @@ class TestFormsOnDisk:
 
 
 class TestEdits:
+    def test_a_new_text_that_the_engine_does_not_speak_is_refused_before_the_conversion(
+        self, tmp_path: Path, recording: str
+    ) -> None:
+        heard: list[str] = []
+        served = Served(tmp_path, recognize=lambda path: heard.append(path) or "heard")
+        served.service.edit_types = {**served.service.edit_types, "paralinguistic": []}
+        audio = base64.b64encode(Path(recording).read_bytes()).decode()
+        body = {"audio": audio, "task": "paralinguistic", "tagged_text": "жук [Laughter]"}
+        with served.manager:
+            refused = served.client().post("/v1/audio/edits", json=body)
+            assert (refused.status_code, error(refused)["param"]) == (400, "tagged_text")
+            assert (heard, served.tones.asked) == ([], [])
+            answer = served.client().post("/v1/audio/edits", json={**body, "tagged_text": "bug", "text": "жук"})
+            assert answer.status_code == 200, "the words of the recording may be in any language"
+
     def test_a_recording_is_changed(self, served: Served, recording: str) -> None:
         with open(recording, "rb") as file:
             answer = served.client().post(
@@ -929,9 +1068,9 @@ def test_each_call_lists_the_codes_that_it_can_return(served: Served) -> None:
         ("post", "/v1/audio/speech"): {200, 400, 401, 404} | work,
         ("post", "/v1/audio/edits"): {200, 400, 401} | work,
         ("post", "/v1/audio/transcriptions"): {200, 400, 401, 404} | work,
-        ("get", "/v1/audio/voices"): {200, 401, 403, 429},
+        ("get", "/v1/audio/voices"): {200, 401, 403, 429, 503},
         ("post", "/v1/audio/voices"): {201, 400, 401, 409} | work,
-        ("delete", "/v1/audio/voices/{name}"): {200, 400, 401, 403, 404, 429, 507},
+        ("delete", "/v1/audio/voices/{name}"): {200, 400, 401, 403, 404, 429, 503, 507},
     }
 
 

@@ -53,7 +53,7 @@ INSTRUCTED = {task: STEP_AUDIO_EDIT_TYPES[task] for task in ("emotion", "style",
      "anything but happy", "less happy", "a neutral voice instead of a happy one",
      "Don't be angry, sad, or shy.", "Happy is not what I want.",
      "It shouldn't be too happy", "I can't stand this happy voice", "non-happy", "neither happy nor excited",
-     "Avoid: happy", "Avoid:\n- happy\n- sad", "避免：高兴",
+     "Avoid: happy", "Avoid:\n- happy\n- sad", "Avoid:\n\n - happy\n \n\t- sad", "避免：高兴",
      "不要高兴", "不要开心", "别生气", "请不要生气。",
      "没有生气", "勿用耳语", "避免夸张", "不要悲伤、生气", "高兴不起来"],
 )  # fmt: skip
@@ -74,6 +74,11 @@ def test_a_denied_name_is_none(denied: str) -> None:
 )  # fmt: skip
 def test_a_name_beside_a_denial_counts(instructions: str, task: str, sub_task: str) -> None:
     assert named_in(instructions, INSTRUCTED) == (task, sub_task)
+
+
+def test_blank_lines_take_linear_time() -> None:
+    """In each line the pattern looks at one character after it, not at all lines that follow."""
+    assert named_in("happy" + "\n" * 500_000, INSTRUCTED) == ("emotion", "happy")
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ _MOST_FIELD_BYTES = 1 << 20
 _WANTED = {
     "literal_error": "（应为 {expected}）",
     "string_type": "（应为字符串）",
+    "string_too_long": "（最多 {max_length} 个字符）",
     "greater_than_equal": "（应不小于 {ge:g}）",
     "less_than_equal": "（应不大于 {le:g}）",
     "finite_number": "（应为有限的数）",
@@ -52,6 +53,14 @@ _WANTED = {
     "bool_parsing": "（应为 true 或 false）",
 }
 """What Pydantic's messages say, in Chinese, by its type of error."""
+_OF_FIELDS = {
+    "keep_alive": ("Input should be a number of seconds, or a string such as '5m'", "（应为秒数，或 '5m' 等字符串）"),
+    "voice": (
+        "Input should be a name, or an object with the name as its 'id'",
+        "（应为名称，或以 'id' 给出名称的对象）",
+    ),
+}
+"""The same, in both languages, for fields of several types: Pydantic's message is about the first of them only."""
 _ROOM_BYTES = 16 << 20
 """Disk space that is reserved at a time for a form of unknown length."""
 
@@ -109,7 +118,7 @@ def _read(file: IO[bytes], kind: type[Body], recordings: Recordings, param: str)
         os.makedirs(recordings.folder, exist_ok=True)
         recording = held.enter_context(tempfile.TemporaryFile(dir=recordings.folder))
         recording.write(data)
-        return body, Upload(recording, held.pop_all().close)
+        return body, Upload(param, recording, held.pop_all().close)
 
 
 def _parsed(data: bytes) -> Any:
@@ -135,17 +144,18 @@ def checked(kind: type[Body], values: Mapping[str, Any]) -> Body:
         if first["type"] == "missing":
             raise BadRequest(name, f"{name} is missing: send it", f"缺少 {name}：请发送") from None
         wanted = _WANTED.get(first["type"], "").format(**first.get("ctx", {}))
-        wanted = wanted.replace(" or ", "、").replace(", ", "、")
-        raise BadRequest(
-            name, f"{name} is not valid ({first['msg']}): see /docs", f"{name} 无效{wanted}：参见 /docs"
-        ) from None
+        en, zh = _OF_FIELDS.get(name or "", (first["msg"], wanted.replace(" or ", "、").replace(", ", "、")))
+        raise BadRequest(name, f"{name} is not valid ({en}): see /docs", f"{name} 无效{zh}：参见 /docs") from None
 
 
 class Upload:
-    """The file with the recording of a request. `close` deletes it, and may be called repeatedly."""
+    """The file with the recording of a request. `close` deletes it, and may be called repeatedly.
 
-    def __init__(self, file: IO[bytes], close: Callable[[], Any]) -> None:
-        self._file, self.close = file, close
+    ``param``: the parameter that has the recording.
+    """
+
+    def __init__(self, param: str, file: IO[bytes], close: Callable[[], Any]) -> None:
+        self.param, self._file, self.close = param, file, close
 
     @contextmanager
     def stored(self, service: SpeechService, recordings: Recordings) -> Iterator[str]:
@@ -209,7 +219,7 @@ async def read_upload(request: Request, kind: type[Body], recordings: Recordings
                 f"表单中没有录音：请以文件字段 {_FILES[0]!r} 发送",
             )
         body = checked(kind, {"audio": "", **values})
-        return body, Upload(file.file, held.pop_all().close)
+        return body, Upload(_FILES[0], file.file, held.pop_all().close)
 
 
 def _reserving(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 _PIECE_BYTES = 1 << 16
 Room = Callable[[], AbstractContextManager[Callable[[float], object]]]
-"""Reserves disk space; its value is called with the file's size, once that is known."""
+"""Reserves disk space for a block; the block yields a function; call it with the final size."""
 
 
 class GrowingFile:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..server.rate_limit import TooManyWrongKeys
 from ..speech.recordings import DISK_IS_FULL, DiskFull, OutOfDiskSpace
 from ..speech.service import ShuttingDown, explain
 from ..speech.speaking import SpeechEditFailed
-from ..speech.voices import UnknownVoice, VoiceExists, VoiceNotStored, VoicesFull
+from ..speech.voices import UnknownVoice, VoiceExists, VoiceNotStored, VoicesFull, VoicesUnreadable
 
 PARAMETERS: Mapping[str, str] = {
     "recording": "file", "prompt_text": "text", "target_text": "input", "task": "task", "sub_task": "sub_task",
@@ -56,10 +56,27 @@ class UnknownSpeechModel(BadRequest):
     def __init__(self, name: str, known: tuple[str, ...]) -> None:
         super().__init__(
             "model",
-            f"There is no model {name!r}: give one of {', '.join(known)}, or leave it out",
-            f"没有模型 {name!r}：可用 {'、'.join(known)}，也可以不填",
+            f"There is no model {name!r:.40}: give one of {', '.join(known)}, or leave it out",
+            f"没有模型 {name!r:.40}：可用 {'、'.join(known)}，也可以不填",
         )
         self._arguments = (name, known)
+
+
+def check_model(name: str | None, known: tuple[str, ...]) -> None:
+    """Raises `UnknownSpeechModel` for a name that is not ``known``."""
+    if name is not None and name not in known:
+        raise UnknownSpeechModel(name, known)
+
+
+def check_task(task: str, offered: Iterable[str]) -> None:
+    """Raises `BadRequest` for a task of edits that is not offered."""
+    tasks = [name for name in offered if name != "clone"]
+    if task not in tasks:
+        raise BadRequest(
+            "task",
+            f"There is no task {task!r:.40}: give one of {', '.join(tasks)}",
+            f"没有编辑任务 {task!r:.40}：可用 {'、'.join(tasks)}",
+        )
 
 
 class ChangeNotAllowed(errors.NotAllowed):
@@ -111,7 +128,8 @@ _CODES: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (errors.InvalidInput, 400, "invalid_request_error", None),
     (TooManyRequests, 429, "rate_limit_error", "rate_limit_exceeded"),
     (errors.ModelBusy, 429, "rate_limit_error", "model_busy"),
-    (VoiceNotStored, 507, "server_error", "disk_full"),
+    (VoiceNotStored, 503, "server_error", "voices_unavailable"),
+    (VoicesUnreadable, 503, "server_error", "voices_unavailable"),
     (VoicesFull, 507, "server_error", "voices_full"),
     (DiskFull, 507, "server_error", "disk_full"),
     (OutOfDiskSpace, 507, "server_error", "disk_full"),
@@ -145,6 +163,8 @@ def described(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
 
 def _code(error: Exception) -> tuple[int, str, str | None]:
     """Returns status, type and code of an error."""
+    if isinstance(error, VoiceNotStored) and error.is_full:
+        return 507, "server_error", "disk_full"
     if found := next((row for row in _CODES if isinstance(error, row[0])), None):
         return found[1:]
     if is_out_of_device_memory(error):

@@ -19,7 +19,6 @@ from ..speech.voices import VoiceExists
 from .openai_errors import BadRequest, BodyTooLarge, TooManyRequests, UnknownSpeechModel, described, refusal
 from .openai_schema import OpenAiError
 
-_NO_VOICE = BadRequest("voice", "voice is missing: send its name", "缺少 voice：请发送声音名称")
 _REFUSALS: dict[int, tuple[str, Exception | None]] = {
     400: (
         "The request is invalid.",
@@ -36,7 +35,8 @@ _REFUSALS: dict[int, tuple[str, Exception | None]] = {
     ),
     500: ("The engine failed.", None),
     503: (
-        "The model is not available in time, its worker process has ended, or the app is shutting down.",
+        "The model is not available in time, its worker process has ended, the store of the voices does not answer, "
+        "or the app is shutting down.",
         ShuttingDown(),
     ),
     507: ("The server has no disk space left.", DiskFull()),

@@ -44,9 +44,10 @@ class Speech(BaseModel):
     speed: float = Field(1.0, ge=0.25, le=4, description="Tempo; the pitch stays.")
     instructions: str | None = Field(
         None,
+        max_length=4096,
         description="If it names one emotion, style or speed of the engine (`happy`, `whisper`, `faster`), each "
         "sentence is edited accordingly; else it is ignored. A denied name (`not happy`) does not count. The header "
-        "`X-Edit` says which.",
+        "`X-Edit` says which. At most 4,096 characters, as in OpenAI's API.",
     )
     stream_format: Literal["audio", "sse"] = Field(
         "audio", description="`sse`: server-sent events with pieces of the audio in base64."

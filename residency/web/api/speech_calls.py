@@ -23,9 +23,9 @@ from ..speech.encoding import MEDIA_TYPES, Encoder
 from ..speech.recordings import Recordings
 from ..speech.service import SpeechService
 from ..speech.speaking import Speaker, SpeechRequest, most_bytes
-from ..speech.voices import UnknownVoice, Voice, checked_name
+from ..speech.voices import UnknownVoice, Voice
 from .bodies import Upload, is_form, keep_forms_in, read_json, read_upload
-from .openai_errors import BadRequest, ChangeNotAllowed, UnknownSpeechModel, naming, refusal
+from .openai_errors import BadRequest, ChangeNotAllowed, check_model, check_task, naming, refusal
 from .openai_route import OpenAiRoute, either_body, form_body, json_body, refusals, streamed
 from .openai_schema import (
     DeletedVoice,
@@ -97,14 +97,14 @@ class SpeechCalls:
         add("/v1/audio/transcriptions", self.transcriptions, response_model=Transcript, methods=["POST"],
             responses={200: streamed("text/plain", "text/event-stream"), **refusals(400, 401, 404, *_OF_WORK)},
             openapi_extra=form_body(Transcription), **speaks)  # fmt: skip
-        add("/v1/audio/voices", self.voices, response_model=Voices, responses=refusals(401, 429), **voices)
+        add("/v1/audio/voices", self.voices, response_model=Voices, responses=refusals(401, 429, 503), **voices)
         add("/v1/audio/voices", self.add_voice, response_model=VoiceFacts, methods=["POST"], status_code=201,
             responses={201: stored, **refusals(400, 401, 409, *_OF_WORK)},
             openapi_extra=either_body(form_body(VoiceSample), json_body(VoiceSample)), **voices)  # fmt: skip
         name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
         unknown = ("There is no such voice.", UnknownVoice("Ada", ("high", "low")))
         add("/v1/audio/voices/{name}", self.remove_voice, response_model=DeletedVoice, methods=["DELETE"],
-            responses=refusals(400, 401, 404, 429, 507, unknown=unknown), openapi_extra={"parameters": [name]},
+            responses=refusals(400, 401, 404, 429, 503, 507, unknown=unknown), openapi_extra={"parameters": [name]},
             **voices)  # fmt: skip
 
     async def models(self, request: Request) -> JSONResponse:
@@ -126,25 +126,24 @@ class SpeechCalls:
             body, upload = await self._read_speech(request, held)
             held.enter_context(self.slots.taken())
             turn.received()
-            self._check_model(body.model, (self.model, *self.others, *OF_OPENAI))
+            check_model(body.model, (self.model, *self.others, *OF_OPENAI))
             speaker = self.others.get(body.model or "", self.speaker)
             keep_warm_s = self._keep_warm(request, body.keep_alive)
-            edit = speaker.named_edit(body.instructions)
+            words = None if upload is None else self._words("ref_text", body.ref_text)
             ask = partial(
-                speaker.checked, body.input, format=body.response_format, speed=body.speed, edit=edit,
-                keep_warm_s=keep_warm_s,
+                speaker.checked, body.input, _name(body) if upload is None else None, body.response_format,
+                body.speed, body.instructions, keep_warm_s,
             )  # fmt: skip
+            with naming(recording="voice"):
+                asked = await to_thread.run_sync(ask, limiter=self.readers)
             if upload is None:
-                with naming(recording="voice"):
-                    asked = await to_thread.run_sync(ask, _name(body), limiter=self.readers)
                 work: Work = naming(recording="voice")(partial(speaker.speak, asked))
             else:
-                self._words("ref_text", body.ref_text)
-                work = partial(self._speak_with, speaker, ask, upload, body.ref_text)
+                work = partial(self._speak_with, speaker, asked, upload, words)
             return self._streamed(
                 work, MEDIA_TYPES[body.response_format], held.pop_all(),
                 most_bytes(body.input, body.response_format, body.speed), turn, sse=body.stream_format == "sse",
-                headers={"x-edit": "/".join(edit) if edit else "none"} if body.instructions else {},
+                headers={"x-edit": "/".join(asked.edit or ("none",))} if body.instructions else {},
             )  # fmt: skip
 
     async def _read_speech(self, request: Request, held: ExitStack) -> tuple[Speech, Upload | None]:
@@ -156,13 +155,13 @@ class SpeechCalls:
         return body, upload
 
     def _speak_with(
-        self, speaker: Speaker, ask: Callable[[Voice], SpeechRequest], upload: Upload, text: str | None, write: Write
+        self, speaker: Speaker, asked: SpeechRequest, upload: Upload, words: str | None, write: Write
     ) -> None:
-        """Speaks with a recording that the request has brought."""
-        named = naming(recording="ref_audio", prompt_text="ref_text")
+        """Speaks with a recording that the request has brought; without ``words`` the recognizer writes them."""
+        named = naming(recording=upload.param, prompt_text="ref_text")
         with named, upload.stored(self.service, self.recordings) as recording:
-            voice = Voice("", (text or "").strip() or self.service.transcribe(recording), recording, False, 0)
-            speaker.speak(ask(voice), write)
+            voice = Voice("", words or self.service.transcribe(recording), recording, False, 0)
+            speaker.speak(speaker.with_voice(asked, voice), write)
 
     def _words(self, param: str, text: str | None) -> str:
         """Returns the words of a recording, empty if the recognizer is to write them; raises `InvalidInput`."""
@@ -187,14 +186,17 @@ class SpeechCalls:
             held.callback(upload.close)
             held.enter_context(self.slots.taken())
             turn.received()
-            self._check_task(body.task)
-            with _naming_edits():
-                self.service.checked_edit(body.text, body.task, body.sub_task, body.tagged_text)
+            check_task(body.task, self.service.edit_types)
+            with _naming_edits(upload):
+                check = self.service.checked_edit
+                await to_thread.run_sync(
+                    check, body.text, body.task, body.sub_task, body.tagged_text, limiter=self.readers
+                )
             work = partial(self._edit, body, upload)
             return self._streamed(work, MEDIA_TYPES[body.response_format], held.pop_all(), turn=turn)
 
     def _edit(self, body: Edit, upload: Upload, write: Write) -> None:
-        with _naming_edits(), upload.stored(self.service, self.recordings) as recording:
+        with _naming_edits(upload), upload.stored(self.service, self.recordings) as recording:
             text = body.text or (self.service.transcribe(recording) if self.service.transcribes else "")
             edited, _ = self.service.edit(recording, text, body.task, body.sub_task, body.tagged_text)
         try:
@@ -215,7 +217,7 @@ class SpeechCalls:
             body, upload = await read_upload(request, Transcription, self.recordings)
             held.callback(upload.close)
             held.enter_context(self.slots.taken())
-            self._check_model(body.model, OF_OPENAI_TRANSCRIBE)
+            check_model(body.model, OF_OPENAI_TRANSCRIBE)
             if body.response_format not in ("json", "text"):
                 raise BadRequest(
                     "response_format",
@@ -252,11 +254,12 @@ class SpeechCalls:
             body, upload = await read_upload(request, VoiceSample, self.recordings)
             held.callback(upload.close)
             held.enter_context(self.slots.taken())
-            work = partial(self._store, checked_name(body.name), self._words("text", body.text), upload)
+            work = partial(self._store, body.name, self._words("text", body.text), upload)
             return self._streamed(work, "application/json", held.pop_all(), status=201)
 
     def _store(self, name: str, text: str, upload: Upload, write: Write) -> None:
-        with upload.stored(self.service, self.recordings) as recording:
+        name = self.speaker.voices.checked_new(name)
+        with naming(recording=upload.param), upload.stored(self.service, self.recordings) as recording:
             voice = self.speaker.voices.add(name, text or self.service.transcribe(recording), recording)
         write(_facts(voice).model_dump_json().encode())
 
@@ -308,18 +311,6 @@ class SpeechCalls:
         if not self.keys.may_change(request):
             raise ChangeNotAllowed
 
-    def _check_task(self, task: str) -> None:
-        tasks = [name for name in self.service.edit_types if name != "clone"]
-        if task not in tasks:
-            raise BadRequest(
-                "task", f"There is no task {task!r:.40}: give one of {', '.join(tasks)}",
-                f"没有编辑任务 {task!r:.40}：可用 {'、'.join(tasks)}",
-            )  # fmt: skip
-
-    def _check_model(self, name: str | None, known: tuple[str, ...]) -> None:
-        if name is not None and name not in known:
-            raise UnknownSpeechModel(name, known)
-
     def _keep_warm(self, request: Request, keep_alive: float | str | None) -> float | None:
         """Returns the seconds of a ``keep_alive``, None without one; raises `BadRequest` and `ChangeNotAllowed`."""
         if keep_alive is None:
@@ -340,8 +331,8 @@ def _name(body: Speech) -> str:
     return body.voice if isinstance(body.voice, str) else body.voice.id
 
 
-def _naming_edits() -> AbstractContextManager[None]:
-    return naming(prompt_text="text", target_text="tagged_text", recording="file")
+def _naming_edits(upload: Upload) -> AbstractContextManager[None]:
+    return naming(prompt_text="text", target_text="tagged_text", recording=upload.param)
 
 
 def _facts(voice: Voice) -> VoiceFacts:

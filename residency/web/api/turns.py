@@ -12,7 +12,8 @@ from typing import Any
 from ..speech.service import RECOGNIZER
 
 _BODY_WITHIN_S = 2.0
-"""Time in which later requests wait for the body of an earlier one: behind some proxies all have one address."""
+"""Longest wait of later requests for an earlier one's body. Short, because behind some proxies all clients share one
+address."""
 
 
 class Turns:

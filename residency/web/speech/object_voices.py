@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import tempfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
 from ...errors import InvalidInput
-from .voices import FACTS, RECORDING, Voice, VoiceExists, VoiceNotStored, VoiceStore, checked_name
+from .voices import FACTS, RECORDING, Voice, VoiceExists, VoiceNotStored, VoiceStore, VoicesUnreadable, checked_name
 
 _SUFFIX = ".voice.zip"
 
@@ -46,6 +48,8 @@ class ObjectVoices(VoiceStore):
         self._url = url
         self._changing = threading.RLock()
         self._copied: dict[str, Any] = {}
+        """Version of the object by the name of its voice, also of objects that are no voices."""
+        self._changes = 0
         self._copies = tempfile.TemporaryDirectory(prefix="voices-", ignore_cleanup_errors=True)
         super().__init__(self._copies.name, check_audio)
 
@@ -57,58 +61,86 @@ class ObjectVoices(VoiceStore):
                 self._store.makedirs(self._root, exist_ok=True)
                 self._store.pipe_file(self._object(voice.name), _zipped(folder), mode="create")
                 self._copied[voice.name] = self._version(self._store.info(self._object(voice.name)))
+                self._changes += 1
             except FileExistsError:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise VoiceExists(name) from None
             except Exception as error:  # each store has errors of its own
                 shutil.rmtree(folder, ignore_errors=True)
-                raise VoiceNotStored(self._url, str(error)) from error
+                raise VoiceNotStored.of(self._url, error) from error
             return voice
 
     def remove(self, name: str) -> Voice:
         with self._changing:
             voice = super().remove(name)
+            del self._copied[voice.name]  # if it stays in the store, it is copied again
             try:
                 self._store.rm_file(self._object(voice.name))
             except FileNotFoundError:  # another app deleted it meanwhile
                 pass
             except Exception as error:
-                self._copied.pop(voice.name, None)  # it is still there
-                raise VoiceNotStored(self._url, str(error)) from error
+                raise VoiceNotStored.of(self._url, error) from error
+            self._changes += 1
             return voice
 
     def _stored(self) -> Iterator[Path]:
-        with self._changing:
-            self._compare()
-            folders = list(super()._stored())
-        return iter(folders)
+        self._compare()
+        return (folder for folder in super()._stored() if folder.name in self._copied)
 
     def _compare(self) -> None:
-        """Makes the local copies those of the store."""
+        """Makes the local copies those of the store. Other threads wait for each other only to change the copies."""
+        while True:
+            changes = self._changes
+            objects = self._listed()
+            there, copied = {name: self._version(each) for name, each in objects.items()}, dict(self._copied)
+            if there == copied:
+                return
+            with tempfile.TemporaryDirectory(prefix=".new-", dir=self._folder, ignore_cleanup_errors=True) as new:
+                different = [name for name, version in there.items() if copied.get(name) != version]
+                fetched = [name for name in different if self._fetched(objects[name]["name"], Path(new, name))]
+                with self._changing:
+                    if changes != self._changes:  # by another thread, after this one has listed
+                        continue
+                    for name in [name for name, version in copied.items() if there.get(name) != version]:
+                        shutil.rmtree(self._folder / name, ignore_errors=True)
+                        del self._copied[name]
+                    for name in fetched:
+                        with suppress(FileNotFoundError):  # it is no voice
+                            os.rename(Path(new, name), self._folder / name)
+                        self._copied[name] = there[name]
+                    self._changes += 1
+                    return
+
+    def _listed(self) -> dict[str, dict[str, Any]]:
+        """Returns the facts of the store's objects by the name of their voice."""
         self._store.invalidate_cache(self._root)
         try:
             objects = self._store.ls(self._root, detail=True)
         except FileNotFoundError:  # no voice was stored yet
             objects = []
-        except Exception as error:
-            raise VoiceNotStored(self._url, str(error)) from error
+        except Exception as error:  # each store has errors of its own
+            raise VoicesUnreadable(self._url, str(error)) from error
         names = {unquote(each["name"].rpartition("/")[2].removesuffix(_SUFFIX)): each for each in objects
                  if each["name"].endswith(_SUFFIX)}  # fmt: skip
-        names = {name: each for name, each in names.items() if _is_name(name)}
-        there = {name: self._version(each) for name, each in names.items()}
-        for name in [name for name, version in self._copied.items() if there.get(name) != version]:
-            shutil.rmtree(self._folder / name, ignore_errors=True)
-            del self._copied[name]
-        for name in there.keys() - self._copied.keys():
-            with tempfile.TemporaryDirectory(prefix=".new-", dir=self._folder, ignore_cleanup_errors=True) as new:
-                try:
-                    with zipfile.ZipFile(io.BytesIO(self._store.cat_file(names[name]["name"]))) as archive:
-                        for file in (RECORDING, FACTS):
-                            Path(new, file).write_bytes(archive.read(file))
-                except (FileNotFoundError, zipfile.BadZipFile, KeyError):  # deleted meanwhile, or no voice
-                    continue
-                shutil.copytree(new, self._folder / name)
-            self._copied[name] = there[name]
+        return {name: each for name, each in names.items() if _is_name(name)}
+
+    def _fetched(self, path: str, folder: Path) -> bool:
+        """Copies a voice into a new folder, nothing if the object is no voice; returns False if there is no object."""
+        try:
+            content = self._store.cat_file(path)
+        except FileNotFoundError:  # deleted meanwhile
+            return False
+        except Exception as error:
+            raise VoicesUnreadable(self._url, str(error)) from error
+        try:
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                files = {file: archive.read(file) for file in (RECORDING, FACTS)}
+        except (zipfile.BadZipFile, KeyError):
+            return True
+        folder.mkdir()
+        for file, data in files.items():
+            Path(folder, file).write_bytes(data)
+        return True
 
     def _object(self, name: str) -> str:
         return f"{self._root}/{quote(name)}{_SUFFIX}"

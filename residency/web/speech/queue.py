@@ -1,4 +1,4 @@
-"""Queue for an engine without a manager: so many requests at a time, in order of arrival."""
+"""Queue for an engine without a manager: a fixed number of requests at a time, in order of arrival."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class QueuedRequest:
         self.refusal: Exception | None = None
         self.ended = False
         self.queued: Callable[[], object] | None = None
-        """As of `Lease`."""
+        """Like `Lease.queued`: called once the request is in the queue."""
         self.receipt: Receipt | None = None
-        """As of `Lease`; None until it has the engine."""
+        """Like `Lease.receipt`."""
 
     @property
     def place(self) -> int | None:

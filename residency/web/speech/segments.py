@@ -13,6 +13,8 @@ from itertools import groupby
 
 import sentencex
 
+from ...sentences import without_surrogates
+
 _BLOCK = 4096
 """Characters given to sentencex at once: its time grows with the square of a text without spaces."""
 
@@ -51,7 +53,7 @@ def sentences(text: str, most_characters: int = 300, language: str = "en") -> li
     """
     if most_characters < 1:
         raise ValueError(f"most_characters must be at least 1, not {most_characters}")
-    lines = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").splitlines()
+    lines = without_surrogates(text).splitlines()
     paragraphs = [" ".join(" ".join(each).split()) for blank, each in groupby(lines, _is_blank) if not blank]
     found = []
     for sentence in _spoken(paragraphs, language):

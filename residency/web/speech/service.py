@@ -18,7 +18,7 @@ from ...cancellation import checkpoint
 from ...contracts import Engine
 from ...errors import Field, InvalidInput, ManagerClosed, RequestCancelled, ResidencyError, about
 from ...observability.error_classification import message_of
-from ...sentences import Sentence
+from ...sentences import Sentence, without_surrogates
 from ..shared.language import en, zh
 from .conversion import Conversion, Limits
 from .queue import SpeechQueue
@@ -164,7 +164,10 @@ class SpeechService:
         task, info = self.checked_task(edit_type, edit_info)
         spoken = self.checked_text("prompt_text", audio_text)
         # Only paralinguistic changes the text: its target text is the old one with tags such as [Laughter].
-        wanted = self.checked_text("target_text", text, _NO_TAGS) if task == "paralinguistic" else spoken
+        if task != "paralinguistic":
+            return task, info, spoken, spoken
+        wanted = self.checked_text("target_text", text, _NO_TAGS)
+        check(self.engine, "check_text", wanted, "target_text")
         return task, info, spoken, wanted
 
     def transcribe(self, recording: str) -> str:
@@ -207,9 +210,10 @@ class SpeechService:
         if offered and edit_info not in offered:
             task, sub_tasks = _names([edit_type]), _names(offered, edit_type)
             raise InvalidInput(
-                f"The task {task.en} {f'has no sub-task {edit_info!r}' if edit_info else 'needs a sub-task'}: choose "
-                f"one of {sub_tasks.en}",
-                f"任务 {task.zh} {f'没有子任务 {edit_info!r}' if edit_info else '需要子任务'}：请选择 {sub_tasks.zh}",
+                f"The task {task.en} {f'has no sub-task {edit_info!r:.40}' if edit_info else 'needs a sub-task'}: "
+                f"choose one of {sub_tasks.en}",
+                f"任务 {task.zh} {f'没有子任务 {edit_info!r:.40}' if edit_info else '需要子任务'}："
+                f"请选择 {sub_tasks.zh}",
                 "sub_task",
             )
         return edit_type, edit_info if offered else None
@@ -217,8 +221,11 @@ class SpeechService:
     def checked_text(
         self, field: Field, text: str | None, missing: Sentence | None = None, limit: int | None = None
     ) -> str:
-        """Returns the text without spaces at its ends. Raises `InvalidInput` if it is ``missing``, or too long."""
-        text = (text or "").strip()
+        """Returns the text without spaces at its ends, and U+FFFD in place of lone surrogates.
+
+        Raises `InvalidInput` if it is ``missing``, or too long.
+        """
+        text = without_surrogates(text or "").strip()
         limit = limit or (self.limits.target_text if field == "target_text" else self.limits.text)
         if missing and not text:
             raise InvalidInput(missing.en, missing.zh, field)

@@ -7,7 +7,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,7 @@ class SpeechRequest:
     """A checked request.
 
     Attributes:
+        voice: None until `Speaker.with_voice` gives it.
         sentences: the text, in the order of speaking.
         format: a key of `encoding.MEDIA_TYPES`.
         speed: multiple of the engine's tempo, 0.25 to 4.
@@ -63,7 +64,7 @@ class SpeechRequest:
         keep_warm_s: seconds that the model stays on the device afterwards; None: as configured.
     """
 
-    voice: Voice
+    voice: Voice | None
     sentences: tuple[str, ...]
     format: str = "wav"
     speed: float = 1.0
@@ -86,45 +87,49 @@ class Speaker:
     def checked(
         self,
         text: str | None,
-        voice: str | Voice,
+        voice: str | None,
         format: str = "wav",
         speed: float = 1.0,
-        edit: tuple[str, str] | None = None,
+        instructions: str | None = None,
         keep_warm_s: float | None = None,
     ) -> SpeechRequest:
-        """Returns a request; ``voice`` is one, or the name of one, ``edit`` from `named_edit`. Loads no model.
+        """Returns a request; ``voice`` is the name of one, None for one that `with_voice` gives. Loads no model.
 
-        Reads files. Raises `InvalidInput` about the first part that is wrong.
+        The request has an edit if ``instructions`` name exactly one of the engine. Reads files. Raises `InvalidInput`
+        about the first part that is wrong.
         """
         text = self.service.checked_text("target_text", text, _EMPTY, self.service.limits.text)
         if not any(map(str.isalnum, text)):
             raise InvalidInput("The text has no words: write some", "文本中没有文字：请填写内容", "target_text")
         check_form(format, speed)
-        found = self.voices.get(voice) if isinstance(voice, str) else voice
-        engine = self.service.engine
-        check(engine, "check_text", text, "target_text")
-        check(engine, "check_audio", found.recording, "recording")
-        return SpeechRequest(found, _tagged_sentences(text), format, speed, edit, keep_warm_s)
-
-    def named_edit(self, instructions: str | None) -> tuple[str, str] | None:
-        """Returns the task and sub-task that instructions name, if they name exactly one of the engine."""
+        found = None if voice is None else self.voices.get(voice)
+        check(self.service.engine, "check_text", text, "target_text")
         types = self.service.edit_types
         offered = {task: types[task] for task in _INSTRUCTED if task in types}
-        return task_names.named_in(instructions or "", offered)
+        edit = task_names.named_in(instructions or "", offered)
+        asked = SpeechRequest(None, _tagged_sentences(text), format, speed, edit, keep_warm_s)
+        return asked if found is None else self.with_voice(asked, found)
+
+    def with_voice(self, request: SpeechRequest, voice: Voice) -> SpeechRequest:
+        """Returns the request with another voice. Raises `InvalidInput` if the engine cannot take its recording."""
+        check(self.service.engine, "check_audio", voice.recording, "recording")
+        return replace(request, voice=voice)
 
     def speak(self, request: SpeechRequest, write: Callable[[bytes], object]) -> None:
         """Calls ``write`` with each part of the encoded speech; it must return at once, since the model is held.
 
         Raises `RequestStopped` after a cancellation (see `residency.cancellation`), and errors of engine and manager.
         """
+        voice = request.voice
+        assert voice is not None, "it was checked with a voice, or `with_voice` gave one"
         self.service.folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            recording = stack.enter_context(self.voices.copied(request.voice, self.service.folder))
+            recording = stack.enter_context(self.voices.copied(voice, self.service.folder))
             joiner: Joiner | None = None
             with self.service.engine_held(request.keep_warm_s) as engine:
                 for sentence in request.sentences:
                     checkpoint()
-                    samples, sample_rate = self._say(engine, request, recording, sentence)
+                    samples, sample_rate = self._say(engine, request, voice, recording, sentence)
                     if joiner is None:
                         whole = len(samples) if len(request.sentences) == 1 else None
                         joiner = Joiner(sample_rate)
@@ -134,9 +139,11 @@ class Speaker:
             write(encoder.encode(joiner.finish()))
             write(encoder.finish())
 
-    def _say(self, engine: Engine, request: SpeechRequest, recording: str, sentence: str) -> tuple[Any, int]:
+    def _say(
+        self, engine: Engine, request: SpeechRequest, voice: Voice, recording: str, sentence: str
+    ) -> tuple[Any, int]:
         """Returns a sentence as float32 [samples], and Hz."""
-        audio, sample_rate = engine.clone(recording, request.voice.text, sentence)
+        audio, sample_rate = engine.clone(recording, voice.text, sentence)
         if request.edit is not None:
             checkpoint()
             try:

@@ -67,8 +67,8 @@ _REMOVALS = {
     "style": ("内容不变，不带特定风格。", "Says the same in a plain manner."),
 }
 
-_SENTENCE_END = re.compile(r"[.!?;。！？；]|(?<![:：])\n(?!\s*[-*•])|\b(?<!anything )but\b|但|而是")
-"""A list after a colon belongs to its sentence."""
+_SENTENCE_END = re.compile(r"[.!?;。！？；]|(?<![:：])\n(?![-*•])|\b(?<!anything )but\b|但|而是")
+"""In lines without spaces at their ends. A list after a colon belongs to its sentence."""
 _CLAUSE_END = re.compile(r"[,，、\n]|(?=\b(?:without|instead of|rather than)\b)")
 _DENIAL = re.compile(
     r"\b(?:not|no|non|never|nor|neither|cannot|without|stop|avoid|less|anything but|instead of|rather than"
@@ -134,7 +134,8 @@ def named_in(instructions: str, offered: Mapping[str, Sequence[str]]) -> tuple[s
 
 def _not_denied(text: str) -> Iterator[str]:
     """Yields the clauses of a text that deny nothing, and follow no denial in their sentence before a ``but``."""
-    for sentence in _SENTENCE_END.split(_OTHER_WORDS.sub("", text)):
+    text = "\n".join(filter(None, map(str.strip, _OTHER_WORDS.sub("", text).splitlines())))
+    for sentence in _SENTENCE_END.split(text):
         for clause in _CLAUSE_END.split(sentence):
             if _DENIAL.search(clause):
                 break

@@ -21,7 +21,7 @@ import soundfile
 
 from ...errors import InvalidInput, ResidencyError, about
 from ...units import readable_bytes
-from .recordings import UNDER_WAY
+from .recordings import DISK_IS_FULL, UNDER_WAY
 from .sample_voices import FOLDER, VOICES
 
 RECORDING, FACTS = "recording.wav", "voice.json"
@@ -63,15 +63,40 @@ class VoiceExists(InvalidInput):
 
 
 class VoiceNotStored(ResidencyError):
-    """The folder of the voices cannot be written."""
+    """The folder or object store of the voices cannot be changed; ``is_full``: for want of disk space."""
 
-    def __init__(self, folder: str, reason: str) -> None:
+    def __init__(self, folder: str, reason: str, is_full: bool = False) -> None:
+        full, access = (
+            ("free space there", "清理该处空间"),
+            ("check that the app may write there", "检查应用能否写入该处"),
+        )
+        what_next = full if is_full else access
         super().__init__(
-            f"The voice was not stored in {folder} ({reason}): free space there, or start the app with another "
-            f"--voices-dir. Nothing was changed.",
-            f"声音未能保存到 {folder}（{reason}）：请清理该处空间，或在启动时用 --voices-dir 指定其他目录。"
-            f"未作任何更改。",
+            f"The voices in {folder} were not changed ({reason}): {what_next[0]}, or start the app with another "
+            f"--voices-dir.",
+            f"{folder} 中的声音未作任何更改（{reason}）：请{what_next[1]}，或在启动时用 --voices-dir 指定其他目录。",
             folder,
+            reason,
+            is_full,
+        )
+        self.is_full = is_full
+
+    @classmethod
+    def of(cls, folder: str, error: Exception) -> VoiceNotStored:
+        is_full = isinstance(error, OSError) and error.errno in DISK_IS_FULL
+        return cls(folder, getattr(error, "strerror", None) or str(error), is_full)
+
+
+class VoicesUnreadable(ResidencyError):
+    """The object store of the voices does not answer."""
+
+    def __init__(self, url: str, reason: str) -> None:
+        super().__init__(
+            f"The stored voices in {url} cannot be read ({reason}): check that the app can reach them, and try again. "
+            f"The voices {' and '.join(VOICES)} can be used meanwhile.",
+            f"无法读取 {url} 中保存的声音（{reason}）：请检查应用能否访问该处，然后重试。"
+            f"其间可使用声音 {'、'.join(VOICES)}。",
+            url,
             reason,
         )
 
@@ -123,9 +148,10 @@ class VoiceStore:
     def get(self, name: str) -> Voice:
         """Returns a voice; raises `UnknownVoice`."""
         wanted = _key(name)
-        of_samples = (voice for voice in _samples() if _key(voice.name) == wanted)
+        if of_sample := [voice for voice in _samples() if _key(voice.name) == wanted]:  # needs no store
+            return of_sample[0]
         stored = (_read(folder) for folder in self._stored() if _key(folder.name) == wanted)
-        if (voice := next(filter(None, (*of_samples, *stored)), None)) is None:
+        if (voice := next(filter(None, stored), None)) is None:
             raise UnknownVoice(name[:_LONGEST_NAME], self._names())
         return voice
 
@@ -140,8 +166,7 @@ class VoiceStore:
             self._check_audio(recording)
         created = int(time.time())
         with self._lock:
-            if any(_key(other) == _key(name) for other in self._names()):
-                raise VoiceExists(name)
+            self.checked_new(name)
             try:
                 sizes = [os.path.getsize(folder / RECORDING) for folder in self._stored()]
                 if len(sizes) >= _MOST_VOICES or sum(sizes) + 2 * soundfile.info(recording).frames > _MOST_BYTES:
@@ -159,8 +184,15 @@ class VoiceStore:
             except OSError as error:
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and self._folder.is_dir():
                     raise VoiceExists(name) from None  # another app stored it meanwhile
-                raise VoiceNotStored(str(self._folder), error.strerror or str(error)) from error
+                raise VoiceNotStored.of(str(self._folder), error) from error
         return Voice(name, text, str(self._folder / name / RECORDING), True, created)
+
+    def checked_new(self, name: str) -> str:
+        """Returns the normal form of a new voice's name; raises `InvalidInput` and `VoiceExists`."""
+        name = checked_name(name)
+        if any(_key(other) == _key(name) for other in self._names()):
+            raise VoiceExists(name)
+        return name
 
     def remove(self, name: str) -> Voice:
         """Deletes a stored voice and returns it; raises `UnknownVoice`, and `InvalidInput` for one that ships."""
@@ -181,7 +213,7 @@ class VoiceStore:
             except FileNotFoundError:  # another app deleted it meanwhile
                 raise UnknownVoice(name, self._names()) from None
             except OSError as error:
-                raise VoiceNotStored(str(self._folder), error.strerror or str(error)) from error
+                raise VoiceNotStored.of(str(self._folder), error) from error
         return voice
 
     @contextmanager
