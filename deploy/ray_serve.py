@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from residency.cluster.replica import Answered, Asked, Replica
     from residency.launch.settings import Settings
 
+logger = logging.getLogger(__name__)
 
 CLOSED_WITHIN_S = 30.0
 """Maximum duration of moves at the end of a replica, whose calls have ended before."""
@@ -41,9 +42,6 @@ def _parsed(*flags: str) -> Settings:
         raise InvalidInput(
             f"Wrong flags, see the line before: {shlex.join(words)}", f"参数错误，见上一行：{shlex.join(words)}"
         ) from None
-
-
-logger = logging.getLogger(__name__)
 
 
 class Arguments(BaseModel):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import cloudpickle  # type: ignore[import-untyped]
 
@@ -24,8 +24,6 @@ from .replica import Answered, Asked
 if TYPE_CHECKING:
     import torch
     from ray.serve.handle import DeploymentHandle, DeploymentResponse
-
-T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 

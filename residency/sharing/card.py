@@ -161,9 +161,9 @@ class SharedCard:
         """Returns the tickets without those that mark the presence of this process."""
         return tuple(ticket for ticket in tickets if not ticket.key.startswith(self._presence))
 
-    def _here(self, now_s: float) -> list[Ticket]:
+    def _here(self, me: Identity, now_s: float) -> list[Ticket]:
         """Returns the tickets that mark the presence of this process, and of its idle models."""
-        pid, started = identity_of(os.getpid())
+        pid, started = me
         here = Ticket(self._presence, "", pid, now_s, 0, now_s, True, started=started)
         return [here] + [
             replace(here, key=f"{self._presence}-{model}", arrived_s=idle_since_s, card_bytes=nbytes)
@@ -178,7 +178,8 @@ class SharedCard:
         holders = [(pid, nbytes) for pid, nbytes in listed if pid not in own and me not in self._families[pid]]
         # In a container the driver may name processes by the host's numbers: then this process may be one of them.
         held = {pid: nbytes for pid, nbytes in holders if nbytes is not None and psutil.pid_exists(pid)}
-        own_bytes, here = self._room.own_bytes(), self._here(now_s)
+        own_bytes = self._room.own_bytes() if self._room.is_moving else None  # asks the driver once more
+        here = self._here(me, now_s)
 
         def act(tickets: Tickets) -> tuple[Tickets, Tickets]:
             tickets = self._without_mine(tickets)
