@@ -203,7 +203,8 @@ def choose_engine(settings: Settings) -> _Chosen:
         from residency.cluster.connection import connect
 
         replicas = connect(settings.ray_address)
-        return _Chosen(lambda torch_device: replicas, {"edit_types": replicas.edit_types}, replicas.model)
+        page: _TabOptions = {"edit_types": replicas.edit_types, "max_target_text": replicas.target_characters}
+        return _Chosen(lambda torch_device: replicas, page, replicas.model)
     with needing("step-audio"):
         from residency.engines import step_audio
         from residency.engines.step_audio_facts import TARGET_CHARACTERS
@@ -336,9 +337,8 @@ def _closed(manager: GPUResourceManager, grace_s: float) -> bool:
     """Closes the manager; returns False if a request or a move exceeds its time limit."""
     if manager.close(grace_s):
         return True
-    if any(model["leases"] for model in manager.status()["models"].values()):
-        return False
-    return manager.close(MOVED_WITHIN_S)
+    in_use = any(model["leases"] for model in manager.status()["models"].values())
+    return not in_use and manager.close(MOVED_WITHIN_S)
 
 
 if __name__ == "__main__":

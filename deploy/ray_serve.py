@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-import shutil
-import tempfile
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
@@ -65,9 +64,14 @@ class Engine:
     def __init__(self, flags: str, models: dict[str, str]) -> None:
         import app
         from residency.cluster.ray_metrics import RayMetrics
+        from residency.launch.lifetime import private_folder
 
         self._flags, self._models = flags, models
-        self._manager = app.make_manager(_parsed(flags, "--enable-gpu-management"))
+        settings = _parsed(flags, "--enable-gpu-management")
+        self._at_end = ExitStack()
+        self._folder = self._at_end.enter_context(private_folder(settings.tmp_dir))
+        self._manager = app.make_manager(settings)
+        self._at_end.callback(self._manager.close, CLOSED_WITHIN_S)
         self._metrics = RayMetrics(self._manager)
 
     async def call(self, asked: Asked) -> Answered:
@@ -87,7 +91,8 @@ class Engine:
         from residency.cluster.replica import Replica
 
         settings = _parsed(self._models[model], self._flags, "--enable-gpu-management")
-        return Replica(app.managed(settings, self._manager, app.choose_engine(settings), model), self._manager)
+        engine = app.managed(settings, self._manager, app.choose_engine(settings), model)
+        return Replica(engine, self._manager, self._folder)
 
     def check_health(self) -> None:
         """Called by Serve every few seconds, which starts another replica after errors. Passes the metrics on."""
@@ -100,8 +105,8 @@ class Engine:
 
     def __del__(self) -> None:
         """Called by Serve before it ends the replica, after the running calls."""
-        if hasattr(self, "_manager"):
-            self._manager.close(CLOSED_WITHIN_S)
+        if hasattr(self, "_at_end"):
+            self._at_end.close()
 
 
 @serve.deployment
@@ -110,10 +115,13 @@ class Api:
     """The HTTP calls of app.py under ``/v1`` and ``/docs``, in front of the replicas of `Engine`."""
 
     def __init__(self, flags: str, models: dict[str, str], engine: DeploymentHandle[Any]) -> None:
+        from residency.launch.lifetime import private_folder
+
         self._settings = _parsed(flags)
         self._models = {name: is_builtin(shlex.split(its_flags)) for name, its_flags in models.items()}
         self._engine = engine
-        self._folder = tempfile.mkdtemp(prefix="speech-")
+        self._at_end = ExitStack()
+        self._folder = self._at_end.enter_context(private_folder(self._settings.tmp_dir))
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         from residency.cluster.api import build
@@ -125,7 +133,8 @@ class Api:
         return self._models
 
     def __del__(self) -> None:
-        shutil.rmtree(getattr(self, "_folder", ""), ignore_errors=True)
+        if hasattr(self, "_at_end"):
+            self._at_end.close()
 
 
 def build(arguments: Arguments) -> serve.Application:

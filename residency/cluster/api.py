@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..engines.step_audio_facts import TARGET_CHARACTERS
 from ..launch.settings import Settings
 from ..scheduling.policies import keep_alive_seconds
 from ..web.api.control import build as build_api
@@ -16,6 +15,7 @@ from ..web.api.speech_calls import SpeechCalls
 from ..web.server.api_keys import ApiKeys
 from ..web.server.cross_origin import cross_origin
 from ..web.server.heartbeats import Heartbeats
+from ..web.server.hosts import Hosts
 from ..web.server.middleware import RequestMiddleware
 from ..web.server.permissions import Permissions
 from ..web.speech.conversion import Limits
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def build(settings: Settings, models: Mapping[str, bool], replicas: DeploymentHandle[Any], folder: str) -> ASGIApp:
-    """Returns the application, with the limits of uploads and the refusal of other sites' pages of app.py.
+    """Returns the application, with the limits of uploads and the refusals of other sites' pages of app.py.
 
     Args:
         models: the names of the models, and whether each is the built-in engine.
@@ -40,23 +40,24 @@ def build(settings: Settings, models: Mapping[str, bool], replicas: DeploymentHa
         folder: for recordings and results of running requests.
     """
     recordings = Recordings(folder, settings.max_disk)
-    voices = voice_store(settings.voices_dir or folder)
+    voices = voice_store(settings.voices_dir)
     queue = SpeechQueue("tts", settings.max_requests)
     speakers = {}
     for name, builtin in models.items():
         engine = RayTTS(replicas, name, builtin)
-        most = settings.max_text or (Limits.target_text if builtin else TARGET_CHARACTERS)
+        most = settings.max_text or engine.target_characters
         limits = Limits(settings.max_audio, settings.max_text or Limits.text, most)
         service = SpeechService(engine, engine.edit_types, recordings, None, limits, queue)
         speakers[name] = Speaker(service, voices)
     first = next(iter(speakers))
     speaker = speakers.pop(first)
     permissions = Permissions(settings.control_token, trust_local=False)
+    keys = ApiKeys(settings.api_keys, permissions, None)
     speech = SpeechCalls(
         service=speaker.service,
         speaker=speaker,
         recordings=recordings,
-        keys=ApiKeys(settings.api_keys, permissions, None),
+        keys=keys,
         model=first,
         others=speakers,
         slots=Slots(settings.max_requests),
@@ -70,4 +71,5 @@ def build(settings: Settings, models: Mapping[str, bool], replicas: DeploymentHa
         know=lambda session: False,
         reserved=recordings.reserved,
     )
-    return cross_origin(settings.cors_origins)(guard.around(build_api(None, permissions, speech=speech)))
+    api = cross_origin(settings.cors_origins)(guard.around(build_api(None, permissions, speech=speech)))
+    return Hosts(settings.allowed_hosts, keys.passes).around(api)

@@ -40,7 +40,7 @@ class RayMetrics:
             self._series[name].set(value, tags=labels)
             return
         key = (name, tuple(labels.items()))
-        increase = value - self._counted.get(key, 0.0)
-        if increase > 0:
+        before = self._counted.get(key, 0.0)
+        self._counted[key] = value
+        if increase := value - before if value >= before else value:  # less: it has begun at 0 again
             self._series[name].inc(increase, tags=labels)
-            self._counted[key] = value

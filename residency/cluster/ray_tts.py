@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,9 +16,11 @@ import cloudpickle  # type: ignore[import-untyped]
 
 from ..cancellation import checkpoint, current
 from ..engines.builtin import supported_edit_types
+from ..engines.step_audio_facts import TARGET_CHARACTERS
 from ..engines.text import speakable, spoken_by_step_audio
 from ..errors import DeviceLost, ManagerClosed, NotReady, WorkerEnded
 from ..remote_errors import rebuilt
+from ..web.speech.conversion import Limits
 from ..web.speech.task_names import STEP_AUDIO_EDIT_TYPES
 from .replica import Answered, Asked
 
@@ -62,6 +65,7 @@ class RayTTS:
     Attributes:
         model: its name.
         edit_types: tasks and their sub-tasks.
+        target_characters: maximum length of a target text without ``--max-text``.
         at_once: number of calls that may run at a time.
     """
 
@@ -72,6 +76,7 @@ class RayTTS:
         self.model = model
         self._replicas = replicas.options(multiplexed_model_id=model)
         self._timeout_s = timeout_s
+        self.target_characters = Limits.target_text if builtin else TARGET_CHARACTERS
         self.edit_types = supported_edit_types() if builtin else STEP_AUDIO_EDIT_TYPES
         self.check_text: Callable[[str], object] = speakable if builtin else spoken_by_step_audio
 
@@ -105,7 +110,10 @@ class RayTTS:
     def _again(error: BaseException, pause_s: float) -> None:
         logger.warning("A replica has not answered; another one is asked: %s", error)
         _retried().inc()
-        time.sleep(pause_s)
+        pause = threading.Event()
+        if cancellation := current():
+            cancellation.on_cancel(pause.set)
+        pause.wait(pause_s)
 
     def _answer(self, asked: Asked) -> Answered:
         from ray.exceptions import GetTimeoutError, RayError, RayTaskError

@@ -53,10 +53,13 @@ class Manager(Protocol):
 
 
 class Replica:
-    """Calls a managed engine. Calls run in threads; the queue of the engine's manager orders them."""
+    """Calls a managed engine. Calls run in threads; the queue of the engine's manager orders them.
 
-    def __init__(self, engine: Engine, manager: Manager) -> None:
-        self._engine, self._manager = engine, manager
+    ``folder``: for the recordings of running calls.
+    """
+
+    def __init__(self, engine: Engine, manager: Manager, folder: str) -> None:
+        self._engine, self._manager, self._folder = engine, manager, folder
         self._threads = ThreadPoolExecutor(64, "speech")
 
     async def call(self, asked: Asked) -> Answered:
@@ -76,7 +79,7 @@ class Replica:
             raise
 
     def _answer(self, asked: Asked, cancellation: Cancellation) -> Answered:
-        handle, path = tempfile.mkstemp(suffix=asked.suffix)
+        handle, path = tempfile.mkstemp(suffix=asked.suffix, dir=self._folder)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(asked.recording)

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import errno
-import fcntl
-import logging
 import os
 import shutil
 import signal
 import socket
 import stat
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
 from types import FrameType
 
 from ..errors import InvalidInput
+from ..marked_folders import marked_folder
 from .settings import Settings
 
-logger = logging.getLogger(__name__)
-
 _NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_MARK = ".recordings-of-a-running-app"
 
 
 class Signals:
@@ -99,36 +93,32 @@ def _kill_children() -> None:
 
 @contextmanager
 def recordings_folder(parent: str, signals: Signals) -> Iterator[str]:
-    """Creates a folder for uploads and results, also for Gradio; deletes it at the end.
-
-    Locks and marks the folder. Deletes marked folders without a lock: they contain voices from killed apps.
-    """
-    with ExitStack() as stack:
-        try:
-            if parent == Settings.tmp_dir and os.path.lexists(parent) and not _is_safe(parent):
-                parent += f"-{os.getuid()}"  # the default belongs to another user
-                if os.path.lexists(parent) and not _is_safe(parent):
-                    raise PermissionError(errno.EPERM, "another user created it", parent)
-            os.makedirs(parent, mode=0o700, exist_ok=True)
-            for mark in Path(parent).glob(f"editx-*/{_MARK}"):
-                with suppress(OSError), _locked(mark.parent):
-                    shutil.rmtree(mark.parent)
-                    logger.info("Removed the recordings of a killed app / 已清理异常退出遗留的目录：%s", mark.parent)
-            folder = tempfile.mkdtemp(prefix="editx-", dir=parent)
-            stack.enter_context(_locked(folder))
-            Path(folder, _MARK).write_text("Recordings of a running app, removed when it ends.\n")
-        except OSError as error:
-            raise InvalidInput(
-                f"Cannot write to --tmp-dir {parent} ({error.strerror}): give another folder",
-                f"无法写入 --tmp-dir {parent}（{error.strerror}）：请换一个目录",
-            ) from error
+    """Creates a folder for uploads and results as `private_folder`, also for Gradio; deletes it at the end."""
+    with private_folder(parent) as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         signals.before_quit(lambda: shutil.rmtree(folder, ignore_errors=True))
         try:
             yield folder
         finally:
             signals.disable_interrupt()
-            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def private_folder(parent: str) -> Iterator[str]:
+    """Creates a `marked_folder` in the value of ``--tmp-dir``; raises `InvalidInput` if that is not possible."""
+    with ExitStack() as stack:
+        try:
+            if parent == Settings.tmp_dir and os.path.lexists(parent) and not _is_safe(parent):
+                parent += f"-{os.getuid()}"  # the default belongs to another user
+                if os.path.lexists(parent) and not _is_safe(parent):
+                    raise PermissionError(errno.EPERM, "another user created it", parent)
+            folder = stack.enter_context(marked_folder(parent, "editx-"))
+        except OSError as error:
+            raise InvalidInput(
+                f"Cannot write to --tmp-dir {parent} ({error.strerror}): give another folder",
+                f"无法写入 --tmp-dir {parent}（{error.strerror}）：请换一个目录",
+            ) from error
+        yield folder
 
 
 def _is_safe(folder: str) -> bool:
@@ -137,16 +127,3 @@ def _is_safe(folder: str) -> bool:
     replaceable = found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX
     ours = found.st_uid in (os.geteuid(), 0) and not replaceable
     return stat.S_ISDIR(found.st_mode) and ours and os.access(folder, os.W_OK)
-
-
-@contextmanager
-def _locked(folder: str | Path) -> Iterator[None]:
-    """Locks a folder; raises OSError if it is locked, a link, or another user's."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        if os.fstat(handle).st_uid != os.geteuid():
-            raise PermissionError(errno.EPERM, "Not a folder of this user", str(folder))
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(handle)

@@ -18,6 +18,7 @@ from app_process import ROOT, ForkedApp, RunningApp, run_app, wait_until
 from gated_engine import close_gate, open_gate
 from gradio_client import Client, handle_file
 
+from residency import marked_folders
 from residency.errors import InvalidInput
 from residency.launch import lifetime
 from residency.launch.lifetime import Signals
@@ -291,15 +292,15 @@ def test_recordings_of_a_killed_app_are_removed_and_those_of_a_running_one_kept(
         (tmp_path / name).mkdir()
         (tmp_path / name / "voice.wav").touch()
         if name in ("editx-dead", "editx-live"):
-            (tmp_path / name / lifetime._MARK).touch()
+            (tmp_path / name / marked_folders._MARK).touch()
     with (
-        lifetime._locked(tmp_path / "editx-live"),
+        marked_folders._locked(tmp_path / "editx-live"),
         lifetime.recordings_folder(str(tmp_path), Signals()) as ours,
     ):
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
             ["editx-live", "editx-of-the-user", "somebody-elses", Path(ours).name]
         )
-        assert Path(ours, lifetime._MARK).exists()
+        assert Path(ours, marked_folders._MARK).exists()
     left = ["editx-live", "editx-of-the-user", "somebody-elses"]
     assert sorted(path.name for path in tmp_path.iterdir()) == left
 
@@ -355,10 +356,10 @@ def test_a_link_among_left_recordings_is_not_followed(tmp_path: Path, monkeypatc
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    (elsewhere / lifetime._MARK).touch()
+    (elsewhere / marked_folders._MARK).touch()
     (tmp_path / "recordings").mkdir()
     (tmp_path / "recordings" / "editx-link").symlink_to(elsewhere)
-    with pytest.raises(OSError, match="editx-link"), lifetime._locked(tmp_path / "recordings" / "editx-link"):
+    with pytest.raises(OSError, match="editx-link"), marked_folders._locked(tmp_path / "recordings" / "editx-link"):
         pass
     with lifetime.recordings_folder(str(tmp_path / "recordings"), Signals()):
-        assert (elsewhere / lifetime._MARK).exists()
+        assert (elsewhere / marked_folders._MARK).exists()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from app_process import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,7 +24,13 @@ def ray_cluster() -> Iterator[object]:
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 8, "resources": {"first": 100}, "include_dashboard": False}
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 8,
+            "resources": {"first": 100},
+            "include_dashboard": True,
+            "dashboard_port": free_port(),
+        },
     )
     ray.init(address=cluster.address, logging_level="WARNING", log_to_driver=bool(os.environ.get("SHOW_RAY_LOGS")))
     yield cluster

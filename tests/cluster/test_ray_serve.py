@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -44,7 +45,10 @@ class Deployed:
         self.flags = f"--simulate-gpu 48GB,context=100MB,shared={self.card} --gpu-keep-warm 0"
         self.folder = folder
 
-    def run(self, *, most: int = 3, resources: dict[str, float] | None = None, flags: str = "") -> None:
+    def run(
+        self, *, most: int = 3, resources: dict[str, float] | None = None, flags: str = "", api_on: str = "first"
+    ) -> None:
+        """``api_on``: a resource of the machine of the API."""
         import yaml
         from ray import serve
 
@@ -54,12 +58,12 @@ class Deployed:
         application = yaml.safe_load(path.read_text(encoding="utf-8"))["applications"][0]
         api, engine = ({k: v for k, v in options.items() if k != "name"} for options in application["deployments"])
         engine["autoscaling_config"] |= {"max_replicas": most, "downscale_delay_s": 2, "upscale_delay_s": 0.1}
-        api["ray_actor_options"] |= {"resources": {"first": 1}}
+        api["ray_actor_options"] |= {"resources": {api_on: 1}}
         engine["health_check_period_s"] = 1
         engine["ray_actor_options"] |= {"resources": resources or {}}
         arguments = Arguments(
-            api=f"--voices-dir {self.folder}",
-            engine=f"{self.flags} {flags}",
+            api=f"--voices-dir file://{self.folder}/voices --tmp-dir {self.folder}/files",
+            engine=f"{self.flags} --tmp-dir {self.folder}/files {flags}",
             models={"builtin": "--engine builtin", "second": "--engine builtin"},
         )
         serve.run(bound(arguments, Engine.options(**engine), Api.options(**api)), name="tts", route_prefix="/")
@@ -84,6 +88,13 @@ def asked(text: str, url: str = URL, **fields: object) -> urllib.request.Request
     )
 
 
+def sent(path: str, method: str = "POST", **fields: object) -> bytes:
+    body = json.dumps(fields).encode() if fields else None
+    request = urllib.request.Request(f"{URL}{path}", body, {"content-type": "application/json"}, method=method)
+    with urllib.request.urlopen(request, timeout=300) as response:
+        return bytes(response.read())
+
+
 def answers(url: str) -> bool:
     with suppress(OSError):
         urllib.request.urlopen(url, timeout=10).close()
@@ -96,6 +107,24 @@ def spoken(text: str, url: str = URL, **fields: object) -> int:
     with urllib.request.urlopen(asked(text, url, **fields), timeout=300) as response:
         sound = response.read()
     return len(soundfile.read(io.BytesIO(sound))[0])
+
+
+def exported() -> str:
+    """Returns the metrics at Ray's endpoints."""
+    import ray
+
+    pages = []
+    for node in ray.nodes():
+        with suppress(OSError):
+            url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+            with urllib.request.urlopen(url, timeout=10) as response:
+                pages.append(response.read().decode())
+    return "".join(pages)
+
+
+def counted(name: str) -> float:
+    """Returns the sum of a metric over all its labels."""
+    return sum(float(value) for value in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", exported(), re.MULTILINE))
 
 
 def until(condition: Callable[[], object]) -> None:
@@ -127,6 +156,29 @@ def test_each_model_and_voice_is_spoken_for(deployed: Deployed) -> None:
     assert json.load(caught.value)["error"]["param"] == "voice"
 
 
+def test_a_stored_voice_speaks_on_another_machine(deployed: Deployed, ray_cluster: Cluster) -> None:
+    node = ray_cluster.add_node(num_cpus=4, resources={"edge": 10})
+    try:
+        deployed.run()
+        sample = base64.b64encode((ROOT / "residency/web/static/samples/low.flac").read_bytes()).decode()
+        sent("/v1/audio/voices", name="Ada", text="I missed the last train.", audio=sample)
+        deployed.run(api_on="edge")
+        assert spoken(SENTENCE, voice="Ada")
+        sent("/v1/audio/voices/Ada", method="DELETE")
+        deployed.run()
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            spoken(SENTENCE, voice="Ada")
+    finally:
+        ray_cluster.remove_node(node)
+
+
+def test_the_page_of_another_site_cannot_read_the_api(deployed: Deployed) -> None:
+    deployed.run()
+    rebound = urllib.request.Request(f"{URL}/v1/models", headers={"host": "other-site.example"})
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(rebound)
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
 def test_a_text_is_spoken_on_by_another_replica_after_one_was_killed(deployed: Deployed, number: int) -> None:
     deployed.run(most=2)
@@ -141,6 +193,31 @@ def test_a_text_is_spoken_on_by_another_replica_after_one_was_killed(deployed: D
     assert killed
     assert not killed & set(deployed.held_bytes())
     assert len(soundfile.read(io.BytesIO(sound))[0]) == whole
+
+
+def test_an_edit_is_done_by_another_replica_after_one_was_killed(deployed: Deployed) -> None:
+    deployed.run(most=1)
+    sample = base64.b64encode((ROOT / "residency/web/static/samples/low.flac").read_bytes()).decode()
+    retried = counted("ray_gpu_manager_retried_calls_total")
+    with ThreadPoolExecutor(1) as pool:
+        edit = pool.submit(sent, "/v1/audio/edits", audio=sample, text="I missed the last train.", task="denoise")
+        until(lambda: any(nbytes > CONTEXT_BYTES for nbytes in deployed.held_bytes().values()))
+        for pid in deployed.held_bytes():
+            os.kill(pid, signal.SIGKILL)
+        assert edit.result()
+    until(lambda: counted("ray_gpu_manager_retried_calls_total") > retried)
+
+
+def test_running_requests_are_answered_while_their_replicas_end(deployed: Deployed) -> None:
+    deployed.run(most=2)
+    long = " and ".join([SENTENCE.rstrip(".")] * 10)
+    with ThreadPoolExecutor(2) as pool:
+        requests = [pool.submit(spoken, long) for _ in range(2)]
+        until(lambda: sum(nbytes > CONTEXT_BYTES for nbytes in deployed.held_bytes().values()) == 2)
+        deployed.run(most=1)
+        assert not any(request.done() for request in requests), "both ran while one replica was to end"
+        assert len({request.result() for request in requests}) == 1
+    until(lambda: len(deployed.held_bytes()) <= 1)
 
 
 def test_a_text_is_spoken_on_by_another_machine_after_one_has_ended(deployed: Deployed, ray_cluster: Cluster) -> None:
@@ -160,19 +237,8 @@ def test_a_text_is_spoken_on_by_another_machine_after_one_has_ended(deployed: De
 
 
 def test_the_metrics_of_replicas_are_at_rays_endpoint(deployed: Deployed) -> None:
-    import ray
-
     deployed.run()
     assert spoken(SENTENCE)
-
-    def exported() -> str:
-        pages = []
-        for node in ray.nodes():
-            with suppress(OSError):
-                url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-                with urllib.request.urlopen(url, timeout=10) as response:
-                    pages.append(response.read().decode())
-        return "".join(pages)
 
     until(lambda: re.search(r'ray_gpu_manager_moves_total\{.*from="released".*model="builtin".*\} [1-9]', exported()))
 
@@ -225,3 +291,19 @@ def test_no_request_is_lost_while_an_update_replaces_the_replicas(deployed: Depl
         for each in clients:
             each.result()
     assert len(set(lengths)) == 1
+
+
+def test_the_commands_of_the_guide_deploy_the_shipped_configuration(deployed: Deployed, ray_cluster: Cluster) -> None:
+    from ray import serve
+
+    def command(*words: str) -> str:
+        program = [str(Path(sys.executable).parent / "serve"), *words]
+        ended = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        return ended.stdout
+
+    serve.shutdown()
+    dashboard = f"http://{ray_cluster.head_node.address_info['webui_url']}"
+    command("deploy", "--address", dashboard, "deploy/ray_serve.yaml")
+    until(lambda: re.search(r"^  tts:\n    status: RUNNING$", command("status", "--address", dashboard), re.MULTILINE))
+    assert spoken(SENTENCE)

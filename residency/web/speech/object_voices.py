@@ -7,14 +7,16 @@ import os
 import shutil
 import tempfile
 import threading
+import weakref
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
 from ...errors import InvalidInput
+from ...marked_folders import marked_folder
 from .voices import FACTS, RECORDING, Voice, VoiceExists, VoiceNotStored, VoiceStore, VoicesUnreadable, checked_name
 
 _SUFFIX = ".voice.zip"
@@ -50,8 +52,9 @@ class ObjectVoices(VoiceStore):
         self._copied: dict[str, Any] = {}
         """Version of the object by the name of its voice, also of objects that are no voices."""
         self._changes = 0
-        self._copies = tempfile.TemporaryDirectory(prefix="voices-", ignore_cleanup_errors=True)
-        super().__init__(self._copies.name, check_audio)
+        copies = ExitStack()
+        super().__init__(copies.enter_context(marked_folder(tempfile.gettempdir(), "voices-")), check_audio)
+        weakref.finalize(self, copies.close)  # also at exit
 
     def add(self, name: str, text: str, recording: str) -> Voice:
         with self._changing:
