@@ -46,7 +46,14 @@ class Deployed:
         self.folder = folder
 
     def run(
-        self, *, most: int = 3, resources: dict[str, float] | None = None, flags: str = "", api_on: str = "first"
+        self,
+        *,
+        most: int = 3,
+        resources: dict[str, float] | None = None,
+        flags: str = "",
+        api_flags: str = "",
+        api_on: str = "first",
+        engine_class: type | None = None,
     ) -> None:
         """``api_on``: a resource of the machine of the API."""
         import yaml
@@ -62,11 +69,12 @@ class Deployed:
         engine["health_check_period_s"] = 1
         engine["ray_actor_options"] |= {"resources": resources or {}}
         arguments = Arguments(
-            api=f"--voices-dir file://{self.folder}/voices --tmp-dir {self.folder}/files",
+            api=f"--voices-dir file://{self.folder}/voices --tmp-dir {self.folder}/files {api_flags}",
             engine=f"{self.flags} --tmp-dir {self.folder}/files {flags}",
             models={"builtin": "--engine builtin", "second": "--engine builtin"},
         )
-        serve.run(bound(arguments, Engine.options(**engine), Api.options(**api)), name="tts", route_prefix="/")
+        engines = serve.deployment(name="Engine")(engine_class) if engine_class else Engine
+        serve.run(bound(arguments, engines.options(**engine), Api.options(**api)), name="tts", route_prefix="/")
 
     def held_bytes(self) -> dict[int, int]:
         """Returns the bytes on the card of each replica: `CONTEXT_BYTES` while its models are offloaded."""
@@ -170,6 +178,41 @@ def test_a_stored_voice_speaks_on_another_machine(deployed: Deployed, ray_cluste
             spoken(SENTENCE, voice="Ada")
     finally:
         ray_cluster.remove_node(node)
+
+
+def test_calls_need_a_key_if_there_are_keys(deployed: Deployed) -> None:
+    deployed.run(api_flags="--api-key 0123456789abcdef")
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        sent("/v1/models", method="GET")
+    request = urllib.request.Request(f"{URL}/v1/models", headers={"authorization": "Bearer 0123456789abcdef"})
+    urllib.request.urlopen(request).close()
+
+
+def test_a_replica_whose_device_is_lost_is_replaced_and_its_request_answered(
+    deployed: Deployed, tmp_path: Path
+) -> None:
+    from ray import cloudpickle
+
+    from deploy.ray_serve import Engine
+
+    mark = tmp_path / "lost"
+
+    class Losing(Engine.func_or_class):  # type: ignore[misc, name-defined]
+        async def call(self, asked: object, recording: object) -> object:
+            from residency.errors import DeviceLost
+
+            if not mark.exists():
+                mark.touch()
+                self._manager._dispatcher.device_lost = DeviceLost("Xid 79")
+            return await super().call(asked, recording)
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    try:
+        deployed.run(most=1, engine_class=Losing)
+    finally:
+        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    assert spoken(SENTENCE)
+    assert mark.exists()
 
 
 def test_the_page_of_another_site_cannot_read_the_api(deployed: Deployed) -> None:
