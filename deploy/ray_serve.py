@@ -137,9 +137,12 @@ class Api:
             self._at_end.close()
 
 
-def build(arguments: Arguments) -> serve.Application:
-    """Returns the application for ``serve deploy`` and ``serve run``, whose file has the options of the deployments."""
-    return bound(arguments, Engine, Api)
+def build(arguments: dict[str, Any]) -> serve.Application:
+    """Returns the application for ``serve deploy`` and ``serve run``, whose file has the options of the deployments.
+
+    ``arguments``: see `Arguments`. Serve validates them only where annotations are no strings.
+    """
+    return bound(Arguments.model_validate(arguments), Engine, Api)
 
 
 def bound(arguments: Arguments, engine: serve.Deployment, api: serve.Deployment) -> serve.Application:
