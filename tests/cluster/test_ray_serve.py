@@ -171,6 +171,12 @@ def test_each_model_and_voice_is_spoken_for(deployed: Deployed) -> None:
     assert json.load(caught.value)["error"]["param"] == "voice"
 
 
+def test_the_health_of_a_machine_is_that_of_serve(deployed: Deployed) -> None:
+    deployed.run()
+    assert answers(f"{URL}/-/healthz")
+    assert not any(answers(f"{URL}{path}") for path in ("/healthz", "/readyz", "/metrics", "/gpu/status"))
+
+
 def test_a_stored_voice_speaks_on_another_machine(deployed: Deployed, ray_cluster: Cluster) -> None:
     node = ray_cluster.add_node(num_cpus=4, resources={"edge": 10})
     try:
