@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-DAY_S, HOUR_S = 86400.0, 3600.0
+DAY_S, HOUR_S, SOON_S = 86400.0, 3600.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Strategy:
     packs: bool = False
     """A replica starts on the fullest GPU with a place, else on the emptiest."""
     always: bool = False
-    """Replicas are there all day, by the number of their models' requests; no others start."""
+    """Replicas are there all day, with the best division of the GPUs, see `_always_on`; no others start."""
     process_s: float = 0.0
     load_s: float = 0.0
     """With the GPU, after ``process_s``."""
@@ -140,29 +140,15 @@ class _Day:
         self._outcome = Outcome([None] * len(requests), [None] * len(requests))
 
     def run(self) -> Outcome:
-        if self._strategy.always:
-            self._place_all()
         for number, request in enumerate(self._requests):
             self._advance(request.arrival_s)
-            if request.model in self._replicas or not self._strategy.always:
-                self._arrive(number, request.model)
+            self._arrive(number, request.model)
         self._advance(math.inf)
         for gpu in self._gpus:
             self._count_held(gpu, math.inf)
             if gpu.replicas:
                 self._outcome.reserved_s += _in_the_day(gpu.reserved_since_s, DAY_S)
         return self._outcome
-
-    def _place_all(self) -> None:
-        """Each next GPU goes to the model with the most requests for its replicas, and so most models have one."""
-        counts: dict[int, int] = {}
-        for request in self._requests:
-            counts[request.model] = counts.get(request.model, 0) + 1
-        for gpu in self._gpus if counts else []:
-            model = max(counts, key=lambda one: (counts[one] / (len(self._replicas.get(one, [])) + 0.25), -one))
-            replica = _Replica(model, gpu, 0.0, loaded=True)
-            gpu.replicas, gpu.on = [replica], replica
-            self._replicas.setdefault(model, []).append(replica)
 
     def _at(self, time_s: float, what: str, replica: _Replica) -> None:
         if time_s < math.inf:
@@ -186,7 +172,7 @@ class _Day:
         if free:
             self._next(min(free, key=lambda one: (one.gpu.on is not one, one.gpu.on is not None)).gpu)
         under_way = len(self._waiting[model]) + self._running.get(model, 0)
-        if under_way > len(replicas) + self._no_place.get(model, 0) and not self._strategy.always:
+        if under_way > len(replicas) + self._no_place.get(model, 0):
             self._no_place[model] = self._no_place.get(model, 0) + 1
             self._start_waiting()
 
@@ -294,9 +280,64 @@ def _in_the_day(from_s: float, until_s: float) -> float:
     return max(0.0, min(until_s, DAY_S) - min(from_s, DAY_S))
 
 
+def _queue(requests: Sequence[Request], gpus: int) -> list[tuple[float, int]]:
+    """Returns the begin of each request, and the GPU that computes it, in order of arrival; nothing without GPUs."""
+    free = [(0.0, gpu) for gpu in range(gpus)]
+    begun: list[tuple[float, int]] = []
+    for request in requests if gpus else ():
+        free_s, gpu = free[0]
+        begun.append((max(free_s, request.arrival_s), gpu))
+        heapq.heapreplace(free, (begun[-1][0] + request.compute_s, gpu))
+    return begun
+
+
+def _values(requests: Sequence[Request], gpus: int) -> list[tuple[int, int, float]]:
+    """Returns the value to one model of 0, 1, ... GPUs, up to the fewest with which no request waits.
+
+    The greater, the better: requests begun within `SOON_S`, then requests served, then the seconds of waiting, negated.
+    """
+    values = [(0, 0, 0.0)]
+    while len(values) <= gpus and (len(values) == 1 or values[-1][2]):
+        queue = _queue(requests, len(values))
+        waits = [begun_s - request.arrival_s for request, (begun_s, _) in zip(requests, queue, strict=True)]
+        values.append((sum(wait_s <= SOON_S for wait_s in waits), len(waits), -sum(waits)))
+    return values
+
+
+def _division(models: Sequence[Sequence[Request]], gpus: int) -> tuple[int, ...]:
+    """Returns the number of GPUs of each model, with the greatest sum of `_values`."""
+    best: list[tuple[tuple[int, int, float], tuple[int, ...]]] = [((0, 0, 0.0), ())] * (gpus + 1)  # with 0, 1, ... GPUs
+    for requests in models:
+        values, before, best = _values(requests, gpus), best, []
+        for most in range(gpus + 1):
+            sums = []
+            for count, (soon, served, waits) in enumerate(values[: most + 1]):
+                (others_soon, others_served, others_waits), others = before[most - count]
+                sums.append(((others_soon + soon, others_served + served, others_waits + waits), (*others, count)))
+            best.append(max(sums, key=lambda one: one[0]))
+    return best[-1][1]
+
+
+def _always_on(requests: Sequence[Request], gpus: int) -> Outcome:
+    """Returns the outcome of the best division of the GPUs for these requests, known in advance."""
+    numbers: dict[int, list[int]] = {}
+    for number, request in enumerate(requests):
+        numbers.setdefault(request.model, []).append(number)
+    models = [[requests[number] for number in its] for its in numbers.values()]
+    outcome = Outcome([None] * len(requests), [None] * len(requests))
+    used = 0
+    for its, model, count in zip(numbers.values(), models, _division(models, gpus), strict=True):
+        for number, (begun_s, gpu) in zip(its, _queue(model, count), strict=False):  # none without GPUs
+            outcome.begun_s[number], outcome.gpu[number] = begun_s, used + gpu
+            outcome.computing_s += _in_the_day(begun_s, begun_s + requests[number].compute_s)
+        used += count
+    outcome.reserved_s = outcome.held_s = used * DAY_S
+    return outcome
+
+
 def simulate(requests: Sequence[Request], gpus: int, strategy: Strategy) -> Outcome:
     """Returns what ``gpus`` do with the requests of a day, which are in order of arrival."""
-    return _Day(requests, gpus, strategy).run()
+    return _always_on(requests, gpus) if strategy.always else _Day(requests, gpus, strategy).run()
 
 
 def waits_s(requests: Sequence[Request], outcome: Outcome) -> list[float]:

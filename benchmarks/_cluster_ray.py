@@ -42,7 +42,7 @@ class Sleeping:
     def __init__(self, flags: str, models: dict[str, str]) -> None:
         self._turn = asyncio.Lock()
 
-    async def call(self, asked: Asked) -> Answered:
+    async def call(self, asked: Asked, recording: object) -> Answered:
         async with self._turn:
             await asyncio.sleep(SLEEP_S if asked.arguments[-1] == TEXT else 0)
         return Answered(np.zeros(SAMPLE_RATE, np.float32), SAMPLE_RATE)
@@ -146,14 +146,15 @@ def overhead(url: str, engine: str, pairs: int) -> tuple[list[float], list[float
     deploy(engine, 1)
     text = "It will rain." if engine == "sleep" else TEXT
     voice = FOLDER / VOICES["high"].file
-    asked = Asked("clone", voice.read_bytes(), voice.suffix, (VOICES["high"].says, text))
+    asked = Asked("clone", voice.suffix, (VOICES["high"].says, text))
+    recording = ray.put(np.fromfile(voice, np.uint8))
     handle = serve.get_deployment_handle("Engine", "tts").options(multiplexed_model_id="builtin")
     by_http, direct = [], []
     for number in range(pairs + 3):
         began_s = time.perf_counter()
         speak(url, text)
         between_s = time.perf_counter()
-        answered: Answered = handle.call.remote(asked).result()
+        answered: Answered = handle.call.remote(asked, recording).result()
         assert answered.error is None, answered.error
         if number >= 3:  # the first ones load the model and open connections
             by_http.append(between_s - began_s)

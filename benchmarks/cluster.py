@@ -27,10 +27,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks._cluster_day import HOUR_S, Load, Outcome, Request, Strategy, arrivals, simulate, waits_s
+from benchmarks._cluster_day import HOUR_S, SOON_S, Load, Outcome, Request, Strategy, arrivals, simulate, waits_s
 
 MOST_OVERHEAD_S = 0.015
-SOON_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -61,36 +60,39 @@ PARTS = (
     Part("load-s", 30, "s with the GPU", "assumed: 14 GB from a shared disk, and the engine; not measured on a GPU"),
     Part("restore-s", 0.56, "s", "calculated: 14 GB from main memory at 25 GB/s (PCIe 4); not measured on a GPU"),
     Part("offload-s", 0.5, "s", "14 GB at 28 GB/s: results/restore-cpu-2026-11-23.txt, on a simulated card"),
-    Part("keep-warm-s", 30, "s", "deploy/ray_serve.yaml"),
-    Part("zero-idle-s", 600, "s", "downscale_delay_s of deploy/ray_serve.yaml, for scale-to-zero; also 60 s"),
-    Part("ours-idle-s", 7200, "s", "assumed: an idle model of ours takes main memory only, so it may stay longer"),
+    Part("keep-warm-s", 30, "s", "deploy/ray_serve.yaml, deploy/kuberay.yaml: --gpu-keep-warm"),
+    Part("zero-idle-s", 600, "s", "assumed, for scale-to-zero; also 60 s"),
+    Part("ours-idle-s", 7200, "s", "the same files: --gpu-idle-timeout and downscale_delay_s; also 600 s"),
 )  # fmt: skip
 ALSO = (
     "Models: the k-th is used 1/k as often as the first. A user stays with one model in a session.",
-    "Always-on: each GPU has one model, all day. The models' requests of that day divide the GPUs: known in advance.",
-    "Requests for a model without a GPU are refused. If several models fit on a GPU at once, fewer GPUs are needed.",
+    "Always-on: each GPU has one model, all day. Of all divisions of the GPUs it has the best one for the requests of",
+    f"that day, known in advance: most begun within {SOON_S:g} s, then fewest refused, then the least waiting.",
+    "GPUs that shorten no wait are not reserved. Requests for a model without a GPU are refused.",
     "Scale-to-zero: a replica starts when a model has more requests than replicas, and ends when it was idle for long;",
     "if all GPUs have one, it waits for the end of another. Requests are answered in order of arrival.",
     "Ours: the same, but several models have a place on each GPU and take turns there, in order of the requests; idle",
     "ones are in main memory. A load takes the GPU all the time. spread: a model gets the GPU with fewest models;",
-    "packed: the fullest one with a place, so that whole GPUs stay free.",
+    "packed: the fullest one with a place, so that whole GPUs stay free. Serve itself does not place single models: it",
+    "starts replicas by the requests of all models together, and each may get any number of models.",
     "All: the day begins with no replica (but always-on); machines are there, and none fails; routing takes no time.",
 )
 
 
 def strategies(plan: argparse.Namespace) -> list[Strategy]:
-    def ours(name: str, packs: bool) -> Strategy:
+    def zero(ends_s: float) -> Strategy:
+        return Strategy(f"scale-to-zero, {ends_s:g} s", process_s=plan.process_s, load_s=plan.load_s, ends_s=ends_s)
+
+    def ours(ends_s: float, packs: bool) -> Strategy:
         return Strategy(
-            name, int(plan.models_per_gpu), packs, False, plan.process_s, plan.load_s, plan.restore_s, plan.offload_s,
-            plan.keep_warm_s, plan.ours_idle_s,
+            f"ours, {'packed' if packs else 'spread'}, {ends_s:g} s", int(plan.models_per_gpu), packs, False,
+            plan.process_s, plan.load_s, plan.restore_s, plan.offload_s, plan.keep_warm_s, ends_s,
         )  # fmt: skip
 
-    idle = sorted({plan.zero_idle_s, 60.0}, reverse=True)
     return [
         Strategy("always-on", always=True),
-        *(Strategy(f"scale-to-zero, {s:g} s", process_s=plan.process_s, load_s=plan.load_s, ends_s=s) for s in idle),
-        ours("ours, spread", packs=False),
-        ours("ours, packed", packs=True),
+        *(zero(ends_s) for ends_s in sorted({plan.zero_idle_s, 60.0}, reverse=True)),
+        *(ours(ends_s, packs) for ends_s in sorted({plan.ours_idle_s, 600.0}, reverse=True) for packs in (False, True)),
     ]
 
 

@@ -7,40 +7,30 @@ Composition root: flags -> replicas with one managed engine each -> the FastAPI 
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from residency.cluster import is_builtin
+from residency.cluster.flags import API, ENGINE, MODEL, check, parsed
+from residency.errors import EngineUnavailable, InvalidInput
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from starlette.types import ASGIApp
 
     from residency.cluster.replica import Answered, Asked, Replica
-    from residency.launch.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 CLOSED_WITHIN_S = 30.0
 """Maximum duration of moves at the end of a replica, whose calls have ended before."""
-
-
-def _parsed(*flags: str) -> Settings:
-    """Returns the settings of flags; raises `InvalidInput` instead of ending the process."""
-    from residency.errors import InvalidInput
-    from residency.launch.settings import parse
-
-    words = [word for line in flags for word in shlex.split(line)]
-    try:
-        return parse(words)
-    except SystemExit:
-        raise InvalidInput(
-            f"Wrong flags, see the line before: {shlex.join(words)}", f"参数错误，见上一行：{shlex.join(words)}"
-        ) from None
 
 
 class Arguments(BaseModel):
@@ -52,9 +42,11 @@ class Arguments(BaseModel):
         models: those of each engine, by the name that requests give as ``model``; the first one is the default.
     """
 
+    model_config = ConfigDict(extra="forbid")
+
     api: str = ""
     engine: str = ""
-    models: dict[str, str] = {"builtin": "--engine builtin"}
+    models: dict[str, str] = Field({"builtin": "--engine builtin"}, min_length=1)
 
 
 @serve.deployment
@@ -67,14 +59,14 @@ class Engine:
         from residency.launch.lifetime import private_folder
 
         self._flags, self._models = flags, models
-        settings = _parsed(flags, "--enable-gpu-management")
+        settings = parsed(flags, "--enable-gpu-management")
         self._at_end = ExitStack()
         self._folder = self._at_end.enter_context(private_folder(settings.tmp_dir))
         self._manager = app.make_manager(settings)
         self._at_end.callback(self._manager.close, CLOSED_WITHIN_S)
         self._metrics = RayMetrics(self._manager)
 
-    async def call(self, asked: Asked) -> Answered:
+    async def call(self, asked: Asked, recording: NDArray[np.uint8]) -> Answered:
         """Returns the answer of the engine; see `Replica.call`. Errors cross the processes as part of it."""
         from residency.cluster.replica import failed
 
@@ -82,26 +74,34 @@ class Engine:
             replica = await self._replica(serve.get_multiplexed_model_id() or next(iter(self._models)))
         except Exception as error:
             return failed(error)
-        return await replica.call(asked)
+        answered = await replica.call(asked, recording)
+        if self._manager.device_lost:
+            # All calls would fail at once, so that Serve would send most calls here. Ray starts another process.
+            logger.error("This replica ends: %s", self._manager.device_lost)
+            os._exit(1)
+        return answered
 
     @serve.multiplexed(max_num_models_per_replica=-1)
     async def _replica(self, model: str) -> Replica:
         """Returns the engine of a model. Their number has no limit: the manager releases those that are idle."""
         import app
-        from residency.cluster.replica import Replica
+        from residency.cluster.replica import ModelNotThere, Replica
 
-        settings = _parsed(self._models[model], self._flags, "--enable-gpu-management")
-        engine = app.managed(settings, self._manager, app.choose_engine(settings), model)
+        if model not in self._models:
+            raise ModelNotThere(model)
+        try:
+            settings = parsed(self._models[model], self._flags, "--enable-gpu-management")
+            engine = app.managed(settings, self._manager, app.choose_engine(settings), model)
+        except InvalidInput as error:  # no fault of the request
+            raise EngineUnavailable(f"The model {model}: {error.en}", f"模型 {model}：{error.zh}") from error
         return Replica(engine, self._manager, self._folder)
 
     def check_health(self) -> None:
-        """Called by Serve every few seconds, which starts another replica after errors. Passes the metrics on."""
+        """Called by Serve every few seconds. Passes the metrics on."""
         try:
             self._metrics.update()
         except Exception:
             logger.exception("The metrics were not passed on")
-        if lost := self._manager.device_lost:
-            raise lost
 
     def __del__(self) -> None:
         """Called by Serve before it ends the replica, after the running calls."""
@@ -117,7 +117,7 @@ class Api:
     def __init__(self, flags: str, models: dict[str, str], engine: DeploymentHandle[Any]) -> None:
         from residency.launch.lifetime import private_folder
 
-        self._settings = _parsed(flags)
+        self._settings = parsed(flags)
         self._models = {name: is_builtin(shlex.split(its_flags)) for name, its_flags in models.items()}
         self._engine = engine
         self._at_end = ExitStack()
@@ -137,14 +137,19 @@ class Api:
             self._at_end.close()
 
 
-def build(arguments: Arguments) -> serve.Application:
-    """Returns the application for ``serve deploy`` and ``serve run``, whose file has the options of the deployments."""
-    return bound(arguments, Engine, Api)
+def build(arguments: dict[str, Any]) -> serve.Application:
+    """Returns the application for ``serve deploy`` and ``serve run``, whose file has the options of the deployments.
+
+    ``arguments``: see `Arguments`. Serve validates them only where annotations are no strings.
+    """
+    return bound(Arguments.model_validate(arguments), Engine, Api)
 
 
 def bound(arguments: Arguments, engine: serve.Deployment, api: serve.Deployment) -> serve.Application:
     """Returns the application of two deployments: `Engine` and `Api`, with options."""
-    # Wrong flags fail here, and not in each replica. Those of models name folders that may be on other machines.
-    _parsed(arguments.api)
-    _parsed(arguments.engine, "--enable-gpu-management")
+    # Wrong flags fail here, and not in each replica.
+    check("api", arguments.api, API)
+    check("engine", arguments.engine, ENGINE)
+    for name, flags in arguments.models.items():
+        check(f"models: {name}", flags, MODEL, files_here=False)
     return api.bind(arguments.api, arguments.models, engine.bind(arguments.engine, arguments.models))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from .errors import RequestStopped
 
@@ -47,6 +47,16 @@ class Cancellation:
                 self._callbacks.append(callback)
                 return
         callback()
+
+    @contextmanager
+    def calling(self, callback: Callable[[], object]) -> Iterator[None]:
+        """Like `on_cancel`, within the block only."""
+        self.on_cancel(callback)
+        try:
+            yield
+        finally:
+            with self._lock, suppress(ValueError):  # it was called
+                self._callbacks.remove(callback)
 
 
 _current: contextvars.ContextVar[Cancellation | None] = contextvars.ContextVar("current_cancellation", default=None)

@@ -42,3 +42,12 @@ def test_who_wants_to_hear_is_told_once_and_at_once_if_it_has_happened() -> None
     cancellation.cancel()
     cancellation.on_cancel(lambda: told.append("after"))
     assert told == ["before", "after"]
+
+
+def test_a_callback_of_a_block_is_called_within_it_only() -> None:
+    cancellation, told = Cancellation(), list[str]()
+    with cancellation.calling(lambda: told.append("over")):
+        pass
+    with cancellation.calling(lambda: told.append("running")):
+        cancellation.cancel()
+    assert told == ["running"]

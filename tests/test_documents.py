@@ -70,7 +70,7 @@ done""",
     "journalctl": "[[ $* == *'--unit gpu-managed-tts'* ]]",
     "ray": "[[ $1 == start ]]",
     "serve": "[[ $1 == status || ($1 == deploy && -e $2) ]]",
-    "kubectl": "[[ $1 == get || ($1 == apply && -e ${@: -1}) ]]",
+    "kubectl": '[[ $1 == get || "$1 $2" == "create secret" || ($1 == apply && -e ${@: -1}) ]]',
 }
 
 

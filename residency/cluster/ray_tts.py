@@ -6,13 +6,17 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle  # type: ignore[import-untyped]
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
 
 from ..cancellation import checkpoint, current
 from ..engines.builtin import supported_edit_types
@@ -31,7 +35,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 5
-"""Maximum number of replicas that are asked for one call if the device or the worker process of each fails."""
+"""Maximum number of replicas that are asked for one call if each ends during it, or its device or its worker fails."""
+
+KEPT_BYTES = 256 << 20
+"""Maximum size of the recordings that stay in Ray's object store for further calls."""
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 """Pauses between two attempts: each is twice as long as the one before."""
@@ -49,6 +56,16 @@ def _cancel(response: DeploymentResponse[Any]) -> None:
         response.cancel()
 
 
+@contextmanager
+def _cancelling(act: Callable[[], object]) -> Iterator[None]:
+    """Calls ``act`` if the request in this context is cancelled within the block."""
+    if cancellation := current():
+        with cancellation.calling(act):
+            yield
+    else:
+        yield
+
+
 class NoReplica(NotReady):
     """No replica has answered a call."""
 
@@ -56,11 +73,57 @@ class NoReplica(NotReady):
     zh = "没有引擎副本响应：请查看 `serve status`，然后重新发送请求。"
 
 
+@dataclass(eq=False, repr=False)
+class ReplicasEnded(WorkerEnded):
+    """The replicas that a call was sent to have ended during it. ``path``: name of the model."""
+
+    attempts: int = ATTEMPTS
+    en = (
+        "{self.attempts} replicas of {self.path} have ended during this request: look at their logs (`ray logs`); a "
+        "common reason is that main memory was full. Other requests start new replicas."
+    )
+    zh = (
+        "{self.path} 的 {self.attempts} 个副本在处理此请求时退出：请查看其日志（`ray logs`），常见原因是内存不足。"
+        "其他请求会启动新的副本。"
+    )
+
+
+class SharedRecordings:
+    """Recordings in Ray's object store, so that the calls of a request share one. Thread-safe.
+
+    ``put``: that of Ray. The latest ones stay, up to `KEPT_BYTES`.
+    """
+
+    def __init__(self, put: Callable[[NDArray[np.uint8]], Any]) -> None:
+        self._put, self._lock = put, threading.Lock()
+        self._kept: OrderedDict[str, tuple[Any, int]] = OrderedDict()
+
+    def stored(self, path: str) -> Any:
+        """Returns the reference of a file's content."""
+        content = np.fromfile(path, np.uint8)
+        key = xxhash.xxh3_128_hexdigest(content.data)
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key][0]
+        reference = self._put(content)
+        with self._lock:
+            self._kept[key] = reference, len(content)
+            while sum(nbytes for _, nbytes in self._kept.values()) > KEPT_BYTES:
+                self._kept.popitem(last=False)
+        return reference
+
+    def forget(self) -> None:
+        """To be called when a call has failed: their machine may have ended."""
+        with self._lock:
+            self._kept.clear()
+
+
 class RayTTS:
     """StepAudioTTS's interface over the replicas of a deployment; see `residency.cluster.replica`. Thread-safe.
 
-    A call whose replica or machine ends before its answer is sent to another one: the engine keeps nothing between
-    calls.
+    A call whose replica or machine ends before its answer is sent to another one, up to `ATTEMPTS` times: the engine
+    keeps nothing between calls.
 
     Attributes:
         model: its name.
@@ -73,7 +136,10 @@ class RayTTS:
 
     def __init__(self, replicas: DeploymentHandle[Any], model: str, builtin: bool, timeout_s: float = 900.0) -> None:
         """``model``: one of the deployment. ``timeout_s``: maximum duration of a call, with the start of a replica."""
+        import ray
+
         self.model = model
+        self._recordings = SharedRecordings(ray.put)
         self._replicas = replicas.options(multiplexed_model_id=model)
         self._timeout_s = timeout_s
         self.target_characters = Limits.target_text if builtin else TARGET_CHARACTERS
@@ -95,49 +161,49 @@ class RayTTS:
 
     def _ask(self, method: str, path: str, *arguments: Any) -> tuple[torch.Tensor, int]:
         import torch
-
-        asked = Asked(method, Path(path).read_bytes(), os.path.splitext(path)[1], arguments)
-        attempts = ATTEMPTS
-        while (answered := self._answer(asked)).samples is None:
-            assert answered.error is not None
-            error, attempts = rebuilt(answered.error, cloudpickle.loads), attempts - 1
-            if not isinstance(error, DeviceLost | WorkerEnded | ManagerClosed) or not attempts:
-                raise error
-            self._again(error, LONGEST_PAUSE_S)
-        return torch.from_numpy(answered.samples.copy())[None], answered.sample_rate
-
-    @staticmethod
-    def _again(error: BaseException, pause_s: float) -> None:
-        logger.warning("A replica has not answered; another one is asked: %s", error)
-        _retried().inc()
-        pause = threading.Event()
-        if cancellation := current():
-            cancellation.on_cancel(pause.set)
-        pause.wait(pause_s)
-
-    def _answer(self, asked: Asked) -> Answered:
-        from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+        from ray.exceptions import ActorDiedError, RayError, RayTaskError
         from ray.serve.exceptions import RayServeException, RequestCancelledError
 
-        until_s, pause_s = time.monotonic() + self._timeout_s, FIRST_PAUSE_S
+        asked = Asked(method, os.path.splitext(path)[1], arguments)
+        until_s, pause_s, ended = time.monotonic() + self._timeout_s, FIRST_PAUSE_S, 0
         while True:
             checkpoint()
-            response = self._replicas.call.remote(asked)
-            if cancellation := current():
-                cancellation.on_cancel(partial(_cancel, response))
+            failure: BaseException
             try:
-                answered: Answered = response.result(timeout_s=max(0.0, until_s - time.monotonic()))
-                return answered
-            except RequestCancelledError:
+                answered = self._answer(asked, path, until_s)
+            except (RequestCancelledError, RayTaskError):  # of this request, or of the code there
                 checkpoint()
                 raise
-            except (TimeoutError, GetTimeoutError) as error:
-                response.cancel()
-                raise NoReplica from error
-            except RayTaskError:  # of the code there
-                raise
-            except (RayError, RayServeException) as error:  # its process or its machine has ended
-                if time.monotonic() + pause_s > until_s:
-                    raise NoReplica from error
-                self._again(error, pause_s)
+            except (RayError, RayServeException) as error:  # no replica, or its process or machine has ended
+                failure = error
+                self._recordings.forget()
+            else:
+                if answered.samples is not None:
+                    return torch.from_numpy(answered.samples.copy())[None], answered.sample_rate
+                assert answered.error is not None
+                failure = rebuilt(answered.error, cloudpickle.loads)
+                if not isinstance(failure, DeviceLost | WorkerEnded | ManagerClosed):
+                    raise failure
+            ended += isinstance(failure, ActorDiedError | DeviceLost | WorkerEnded | ManagerClosed)
+            if ended == ATTEMPTS:
+                raise ReplicasEnded(self.model) from failure
+            if time.monotonic() + pause_s > until_s:
+                raise NoReplica from failure
+            logger.warning("A replica has not answered; another one is asked: %s", failure)
+            _retried().inc()
+            pause = threading.Event()
+            with _cancelling(pause.set):
+                pause.wait(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    def _answer(self, asked: Asked, path: str, until_s: float) -> Answered:
+        from ray.exceptions import GetTimeoutError
+
+        response = self._replicas.call.remote(asked, self._recordings.stored(path))
+        try:
+            with _cancelling(partial(_cancel, response)):
+                answered: Answered = response.result(timeout_s=max(0.0, until_s - time.monotonic()))
+        except (TimeoutError, GetTimeoutError) as error:
+            response.cancel()
+            raise NoReplica from error
+        return answered

@@ -19,15 +19,15 @@ from numpy.typing import NDArray
 
 from ..cancellation import Cancellation, cancelled_by
 from ..contracts import Engine
+from ..errors import NotReady
 from ..remote_errors import ErrorRecord, recorded
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One call of an engine. ``recording``: content of the file that is its first argument; ``suffix``: its kind."""
+    """One call of an engine, without the recording that is its first argument. ``suffix``: that of the file's name."""
 
     method: str
-    recording: bytes
     suffix: str
     arguments: tuple[Any, ...]
 
@@ -46,6 +46,15 @@ def failed(error: Exception) -> Answered:
     return Answered(error=recorded(error, cloudpickle.dumps))
 
 
+@dataclass(eq=False, repr=False)
+class ModelNotThere(NotReady):
+    """The replicas do not have a model: they were updated since the caller has started."""
+
+    model: str
+    en = "The replicas no longer have the model {self.model!r}: look at their configuration, or restart the app here."
+    zh = "副本中已没有模型 {self.model!r}：请检查其配置，或重启发出请求的应用。"
+
+
 class Manager(Protocol):
     """The manager of the engine."""
 
@@ -62,15 +71,15 @@ class Replica:
         self._engine, self._manager, self._folder = engine, manager, folder
         self._threads = ThreadPoolExecutor(64, "speech")
 
-    async def call(self, asked: Asked) -> Answered:
-        """Returns the answer of the engine.
+    async def call(self, asked: Asked, recording: NDArray[np.uint8]) -> Answered:
+        """Returns the answer of the engine. ``recording``: content of the file.
 
         If the call is cancelled, it leaves the queue, or the engine ends at its next step.
         """
         cancellation = Cancellation()
         context = contextvars.copy_context()
         work = asyncio.get_running_loop().run_in_executor(
-            self._threads, partial(context.run, self._answer, asked, cancellation)
+            self._threads, partial(context.run, self._answer, asked, recording, cancellation)
         )
         try:
             return await asyncio.shield(work)
@@ -78,15 +87,17 @@ class Replica:
             cancellation.cancel()
             raise
 
-    def _answer(self, asked: Asked, cancellation: Cancellation) -> Answered:
+    def _answer(self, asked: Asked, recording: NDArray[np.uint8], cancellation: Cancellation) -> Answered:
         handle, path = tempfile.mkstemp(suffix=asked.suffix, dir=self._folder)
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(asked.recording)
+                file.write(recording.data)
             with cancelled_by(cancellation), self._manager.watching(lambda lease: cancellation.on_cancel(lease.cancel)):
                 audio, sample_rate = getattr(self._engine, asked.method)(path, *asked.arguments)
             return Answered(np.asarray(audio, dtype=np.float32).reshape(-1), sample_rate)
         except Exception as error:
             return failed(error)
+        except BaseException as error:  # an engine that calls sys.exit()
+            return failed(RuntimeError(f"{type(error).__name__}: {error}"))
         finally:
             os.unlink(path)

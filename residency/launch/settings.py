@@ -224,8 +224,11 @@ class Settings:
 ENGINE_FLAGS = tuple(each.name for each in fields(Settings) if each.metadata.get("engine"))
 
 
-def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Settings:
-    """Parses flags, which override the environment. Exits with code 2 and a message if a value is invalid."""
+def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ, *, files_here: bool = True) -> Settings:
+    """Parses flags, which override the environment. Exits with code 2 and a message if a value is invalid.
+
+    ``files_here``: False if the model's files are on another machine, and cannot be checked.
+    """
     parser = _parser(environ)
     # argparse sets no default where the namespace has a value already: None remains for flags that are not given.
     namespace = argparse.Namespace(**dict.fromkeys(ENGINE_FLAGS))
@@ -234,12 +237,12 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Setti
     values = {name: value for name, value in values.items() if name not in left_out}
     values["given"] = frozenset(ENGINE_FLAGS) - left_out
     try:
-        return _checked_settings(values, environ)
+        return _checked_settings(values, environ, files_here)
     except InvalidInput as error:
         parser.error(str(error))
 
 
-def _checked_settings(values: dict[str, Any], environ: Mapping[str, str]) -> Settings:
+def _checked_settings(values: dict[str, Any], environ: Mapping[str, str], files_here: bool) -> Settings:
     """Checks flags against each other; raises `InvalidInput`."""
     for flag, needed in (
         ("simulate_gpu", "enable_gpu_management"),
@@ -280,7 +283,7 @@ def _checked_settings(values: dict[str, Any], environ: Mapping[str, str]) -> Set
             "并写在副本的配置中（deploy/ray_serve.yaml）",
         )
     check_certificate(values["ssl_certfile"], values["ssl_keyfile"])
-    if values["engine"] == "step-audio":
+    if values["engine"] == "step-audio" and files_here:
         check_model_path(values["model_path"], values["model_source"])
     return Settings(**values)
 

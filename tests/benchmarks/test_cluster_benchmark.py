@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
-from benchmarks._cluster_day import DAY_S, Load, Request, Strategy, arrivals, simulate, waits_s
+from benchmarks import cluster
+from benchmarks._cluster_day import DAY_S, SOON_S, Load, Outcome, Request, Strategy, arrivals, simulate, waits_s
+from residency.launch.settings import parse
+
+ROOT = Path(__file__).resolve().parents[2]
 
 FEW = Load(users=300, models=12, seed=3)
 ALWAYS = Strategy("always", always=True)
@@ -101,3 +109,54 @@ def test_always_on_by_hand() -> None:
     outcome = simulate([Request(10, 1, 5), Request(11, 1, 5), Request(12, 0, 5)], 1, ALWAYS)
     assert outcome.begun_s == [10, 15, None]
     assert (outcome.held_s, outcome.reserved_s, outcome.computing_s) == (DAY_S, DAY_S, 10)
+
+
+def value(requests: list[Request], outcome: Outcome) -> tuple[int, int]:
+    waits = waits_s(requests, outcome)
+    return sum(wait_s <= SOON_S for wait_s in waits), len(waits)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_always_on_no_division_of_the_gpus_begins_more_requests_in_time(seed: int) -> None:
+    requests = arrivals(Load(users=400, models=4, seed=seed, requests=12, think_s=5))
+    of_models = [[request for request in requests if request.model == model] for model in range(4)]
+    alone = [
+        [value(its, simulate(its, gpus, ALWAYS)) if gpus else (0, 0) for gpus in range(7)] for its in of_models
+    ]  # fmt: skip
+    divisions = [counts for counts in product(range(7), repeat=4) if sum(counts) == 6]
+    sums = [tuple(map(sum, zip(*(alone[model][n] for model, n in enumerate(counts)), strict=True)))
+            for counts in divisions]  # fmt: skip
+    assert value(requests, simulate(requests, 6, ALWAYS)) == max(sums)
+
+
+def test_always_on_keeps_no_gpu_that_shortens_no_wait() -> None:
+    outcome = simulate([Request(10, 0, 5), Request(11, 0, 5), Request(12, 1, 5)], 9, ALWAYS)
+    assert outcome.begun_s == [10, 11, 12]
+    assert outcome.held_s == outcome.reserved_s == 3 * DAY_S
+
+
+@pytest.mark.parametrize("file", ["ray_serve", "kuberay"])
+def test_the_times_of_ours_are_those_of_the_shipped_files(file: str) -> None:
+    config: Any = next(yaml.safe_load_all((ROOT / f"deploy/{file}.yaml").read_text(encoding="utf-8")))
+    if file == "kuberay":
+        config = yaml.safe_load(config["spec"]["serveConfigV2"])
+    (application,) = config["applications"]
+    (engine,) = (each for each in application["deployments"] if each["name"] == "Engine")
+    settings = parse([*shlex.split(application["args"]["engine"]), "--enable-gpu-management"])
+    assumed = {part.flag: part.value for part in cluster.PARTS}
+    assert assumed["keep-warm-s"] == settings.gpu_keep_warm
+    assert assumed["ours-idle-s"] == settings.gpu_idle_timeout == engine["autoscaling_config"]["downscale_delay_s"]
+
+
+def test_the_day_is_printed_with_its_assumptions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cluster.main(["--only", "day", "--users", "50", "--gpus", "2", "--models", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert all(part.source in printed for part in cluster.PARTS)
+    lines = printed.splitlines()
+    (served,) = (number for number, line in enumerate(lines) if line.split()[:2] == ["served", "refused"])
+    assert [line[:24].strip() for line in lines[served + 1 :]] == [
+        "always-on",
+        "scale-to-zero, 600 s",
+        "scale-to-zero, 60 s",
+        *(f"ours, {fills}, {idle_s} s" for idle_s in (7200, 600) for fills in ("spread", "packed")),
+    ]

@@ -89,6 +89,16 @@ def test_pods_have_few_rights_time_to_drain_and_the_voices(pod: Any) -> None:
     assert VOLUME["spec"]["accessModes"] == ["ReadWriteMany"]
 
 
+def test_the_api_has_keys_or_does_not_start() -> None:
+    """And no other pod has them."""
+    (container,), (worker,) = (pod["containers"] for pod in PODS)
+    secrets = [each["valueFrom"]["secretKeyRef"] for each in container["env"] if each["name"] == "GPU_TTS_API_KEYS"]
+    assert secrets == [{"name": "tts", "key": "api-keys"}]
+    text = (ROOT / "deploy/kuberay.yaml").read_text(encoding="utf-8")
+    assert "kubectl create secret generic tts --from-literal=api-keys=" in text
+    assert not any("valueFrom" in each for each in worker["env"])
+
+
 def test_the_image_has_the_ray_of_the_manifest_and_of_the_tests() -> None:
     dockerfile = (ROOT / "deploy/Dockerfile").read_text(encoding="utf-8")
     versions = re.findall(r"ray\[serve\]==([\d.]+)", dockerfile + (ROOT / "scripts/test_cluster").read_text())

@@ -84,11 +84,11 @@ class ChangeNotAllowed(errors.NotAllowed):
 
     en = (
         "This is allowed only with an API key (--api-key) or the token (--control-token), sent as 'Authorization: "
-        "Bearer KEY', from the server's own machine, or for signed-in users (--auth user:password)."
+        "Bearer KEY'; on the page's server also from its own machine, or for signed-in users (--auth user:password)."
     )
     zh = (
         "此操作需要 API 密钥（--api-key）或令牌（--control-token），以请求头 'Authorization: Bearer KEY' 发送；"
-        "或从服务器本机执行，或由已登录用户（--auth user:password）执行。"
+        "在提供页面的服务器上，也可从其本机执行，或由已登录用户（--auth user:password）执行。"
     )
 
 
