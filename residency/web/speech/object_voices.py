@@ -38,7 +38,7 @@ from .voices import (
 logger = logging.getLogger(__name__)
 
 _SUFFIX = ".voice"
-_FACTS_BYTES = 1 << 16
+_FACTS_BYTES = 1 << 15
 """Maximum length of the first line of an object."""
 _ANSWER_S, _TRANSFER_S = 10.0, 120.0
 """Maximum duration of a call of the store, and of one that transfers voices, where fsspec has a limit."""
@@ -156,13 +156,15 @@ class ObjectVoices(VoiceStore):
         with self._changing:
             if self._seen.get(name) is not before:
                 return False
-            if before and before is not now:
-                del self._seen[name]
-                self._copying.pop((name, before[0]), None)
-                if before[1] and before[1].recording:
-                    Path(before[1].recording).unlink(missing_ok=True)
             if now:
                 self._seen[name] = now
+            elif before:
+                del self._seen[name]
+            if before and before is not now:
+                if not now or now[0] != before[0]:
+                    self._copying.pop((name, before[0]), None)
+                if before[1] and before[1].recording:
+                    Path(before[1].recording).unlink(missing_ok=True)
             return True
 
     def _sizes(self) -> list[int]:
