@@ -150,10 +150,10 @@ def test_a_voice_that_was_replaced_is_read_again(url: str, recording: str) -> No
 
 
 def test_of_two_apps_that_store_one_name_one_succeeds(url: str, recording: str) -> None:
-    stores = [ObjectVoices(url) for _ in range(4)]
+    stores = [voice_store(url) for _ in range(4)]  # a folder is none of fsspec's, which are not atomic
     assert [names(store) for store in stores] == [[]] * 4
 
-    def add(store: ObjectVoices) -> bool:
+    def add(store: VoiceStore) -> bool:
         try:
             store.add("Ada", "words", recording)
             return True
