@@ -112,6 +112,8 @@ class Asking:
         """
         if not self._owed or os.getpid() != self._owner_pid:
             return None
+        if self._gives_back is not None and self._gives_back.is_alive():
+            return self._gives_back
         with self._lock:
             self._owed = {url: replace(debt, due_s=-math.inf) for url, debt in self._owed.items()}
         thread = threading.Thread(target=self._give_back_all, name="gpu-neighbors", daemon=True)
@@ -129,8 +131,7 @@ class Asking:
             return None
         if (left_s := due_s - time.monotonic()) > 0:
             return left_s
-        if self._gives_back is None or not self._gives_back.is_alive():
-            self.give_back()
+        self.give_back()
         return AGAIN_AFTER_S
 
     def owed_bytes(self) -> int:
@@ -140,10 +141,13 @@ class Asking:
     def close(self, within_s: float = 0) -> None:
         """Undoes `ask`, also one without an answer yet, and waits for it at most so long. The first call counts."""
         with self._lock:
-            closed, self._closed = self._closed, True
-        if closed or (thread := self.give_back()) is None:
-            return
-        thread.join(min(max(within_s, CLOSED_WITHIN_S), threading.TIMEOUT_MAX))
+            if self._closed:
+                return
+            self._closed = True
+        end_s = time.monotonic() + max(within_s, CLOSED_WITHIN_S)
+        for _ in range(2):  # a thread that runs already may have begun before the last one was asked
+            if (thread := self.give_back()) is not None:
+                thread.join(min(max(end_s - time.monotonic(), 0), threading.TIMEOUT_MAX))
         for url in list(self._owed):
             kind = self._known[url].neighbor.kind
             logger.warning("%s at %s has not got its memory back; the guide says how to wake it up / "

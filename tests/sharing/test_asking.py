@@ -20,7 +20,6 @@ from gpu_manager import GPUResourceManager, RequestTimeout, Sharing, SimulatedDe
 from residency.errors import InvalidInput, NeighborUnreachable
 from residency.neighbors.ollama import Ollama
 from residency.sharing.board import Board
-from residency.sharing.card import asking_of
 from residency.sharing.tickets import PRESENCE, Ticket
 
 MB = 1 << 20
@@ -207,6 +206,7 @@ def test_auto_finds_servers_but_not_those_of_this_app_and_of_other_apps(
             manager.register("tts", lambda: Weights(60 * MB), size_bytes=60 * MB)
             with pytest.raises(RequestTimeout), manager.lease("tts", timeout=1):
                 pass
-            found = asking_of(manager._share)
+            assert manager._share is not None
+            found = manager._share.asking
             found._find()  # the request may have ended before
             assert [(each["pid"], each["url"]) for each in found.status()] == [(pid, url)]

@@ -117,6 +117,7 @@ def test_one_thread_waits_for_a_server_that_does_not_answer(device: SimulatedDev
         asks = threads.submit(neighbors.ask_one, server.url)
         assert server.is_asked.wait(60)
         thread = neighbors.give_back()
+        assert neighbors.give_back() is thread
         assert [neighbors.give_back_if_due() for _ in range(3)] == [AGAIN_AFTER_S] * 3
         waiting = [each for each in threading.enumerate() if each.name == "gpu-neighbors"]
         server.may_sleep.set()
