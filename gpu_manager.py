@@ -47,7 +47,7 @@ from residency.scheduling.registry import Registry
 from residency.scheduling.status import Overview
 from residency.scheduling.worker_status import Workers
 from residency.sharing import Sharing
-from residency.sharing.card import asking_of, share_card, sharing_of
+from residency.sharing.card import ask_neighbor, share_card, sharing_of
 from residency.states import State
 from residency.status_types import Status, UsageHistory
 from residency.workers.isolation import IsolationMode, Residue, isolation_for
@@ -252,7 +252,7 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
 
     def ask_neighbor(self, url: str) -> None:
         """Asks one of the status's ``neighbors`` to give up what it holds idle. Raises if it is unknown or in use."""
-        asking_of(self._share).ask_one(url)
+        ask_neighbor(self._share, url)
 
     @property
     def device_lost(self) -> DeviceLost | None:
@@ -304,8 +304,7 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         all_released = self._manual_control.retire(self._registry.named(None), ManagerClosed(), grace_s)
         self._dispatcher.monitor.stop()
         if self._share:
-            self._share.asking.close(end_s - SystemClock().now())
-            self._share.close()
+            self._share.close(end_s - SystemClock().now())
         self._dispatcher.notifier.listeners.close()
         if self._isolation and all_released:
             self._isolation.close()

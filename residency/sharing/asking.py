@@ -21,22 +21,11 @@ logger = logging.getLogger(__name__)
 AGAIN_AFTER_S = 5.0
 """Time after which a neighbour that was asked, or was in use, is looked at again."""
 
-GIVE_BACK_AFTER_S = 60.0
-"""Time after which a neighbour that was asked by hand gets its memory back if no model has come."""
-
 CLOSED_WITHIN_S = 5.0
 """Wait of `Asking.close` for neighbours that get their memory back, also if its caller has no time left."""
 
 FREED_WITHIN_S = 3.0
 """Maximum wait for the memory that a neighbour gives up; drivers report it with a delay."""
-
-
-@dataclass(frozen=True)
-class _Debt:
-    """What a neighbour gave up that does not load again by itself. ``due_s``: of ``time.monotonic``."""
-
-    due_s: float
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -64,7 +53,8 @@ class Asking:
         self._known = {each.url: _Known(each) for each in given if each is not None}
         self._device, self._own_pids = device, own_pids
         self._lock = threading.Lock()
-        self._owed: dict[str, _Debt] = {}
+        #: What neighbours gave up that do not load again by themselves, in bytes.
+        self._owed: dict[str, int] = {}
         self._gives_back: threading.Thread | None = None
         self._closed = False
         self._talking = threading.Lock()  # one request to a neighbour at a time, so that their order is certain
@@ -108,14 +98,12 @@ class Asking:
     def give_back(self) -> threading.Thread | None:
         """Begins to undo `ask` at the neighbours that do not load again by themselves. Returns the thread, if any.
 
-        `give_back_if_due` repeats what fails, also if the system has no thread left.
+        To be repeated while it `owes` something: they may not answer, or the system may have no thread left.
         """
         if not self._owed or os.getpid() != self._owner_pid:
             return None
         if self._gives_back is not None and self._gives_back.is_alive():
             return self._gives_back
-        with self._lock:
-            self._owed = {url: replace(debt, due_s=-math.inf) for url, debt in self._owed.items()}
         thread = threading.Thread(target=self._give_back_all, name="gpu-neighbors", daemon=True)
         try:
             thread.start()
@@ -124,19 +112,14 @@ class Asking:
         self._gives_back = thread
         return thread
 
-    def give_back_if_due(self) -> float | None:
-        """While no model is on the card: the same for those asked long ago. Returns after how long to call it again."""
-        due_s = min((debt.due_s for debt in list(self._owed.values())), default=None)
-        if due_s is None:
-            return None
-        if (left_s := due_s - time.monotonic()) > 0:
-            return left_s
-        self.give_back()
-        return AGAIN_AFTER_S
+    @property
+    def owes(self) -> bool:
+        """Whether neighbours have given up something that they do not take again by themselves."""
+        return bool(self._owed)
 
     def owed_bytes(self) -> int:
         """Returns the bytes that neighbours have given up and `give_back` lets them take again."""
-        return sum(debt.nbytes for debt in list(self._owed.values()))
+        return sum(list(self._owed.values()))
 
     def close(self, within_s: float = 0) -> None:
         """Undoes `ask`, also one without an answer yet, and waits for it at most so long. The first call counts."""
@@ -207,7 +190,7 @@ class Asking:
                 if self._closed:
                     return
                 if neighbor.gives_back:  # before: it may do it although its answer is lost
-                    self._owed[url] = _Debt(time.monotonic() + GIVE_BACK_AFTER_S, held.idle_bytes or 0)
+                    self._owed[url] = held.idle_bytes or 0
             neighbor.ask()
         now_s = time.monotonic()
         self._note(url, held=held, looked_s=now_s, asked_s=now_s, error=None)
@@ -218,8 +201,8 @@ class Asking:
         free_bytes = self._device.memory().free_bytes
         if held.idle_bytes is None and before_bytes is not None and free_bytes is not None:
             with self._lock:
-                if (debt := self._owed.get(url)) is not None:
-                    self._owed[url] = replace(debt, nbytes=max(0, free_bytes - before_bytes))
+                if url in self._owed:
+                    self._owed[url] = max(0, free_bytes - before_bytes)
 
     def _give_back_all(self) -> None:
         for url in list(self._owed):

@@ -14,7 +14,7 @@ from sleeping_server import Vllm, vllm
 from gpu_manager import GPUResourceManager, Sharing, SimulatedDevice
 from residency.errors import NeighborUnreachable
 from residency.sharing import asking as asking_module
-from residency.sharing.asking import AGAIN_AFTER_S, Asking
+from residency.sharing.asking import Asking
 
 MB = 1 << 20
 
@@ -37,7 +37,7 @@ def give_back(neighbors: Asking) -> None:
 def test_nothing_is_due_before_a_neighbour_was_asked(device: SimulatedDevice) -> None:
     with vllm(device, 80 * MB) as server:
         neighbors = asking(device, server)
-        assert (neighbors.give_back(), neighbors.give_back_if_due(), neighbors.owed_bytes()) == (None, None, 0)
+        assert (neighbors.give_back(), neighbors.owes, neighbors.owed_bytes()) == (None, False, 0)
 
 
 def test_a_server_that_its_owner_put_to_sleep_is_not_woken_up(device: SimulatedDevice) -> None:
@@ -80,7 +80,8 @@ def test_without_a_thread_it_is_tried_again_soon(device: SimulatedDevice, monkey
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", no_thread)
             assert neighbors.give_back() is None
-        assert neighbors.give_back_if_due() == AGAIN_AFTER_S
+        assert neighbors.owes
+        assert neighbors.give_back() is not None
         assert server.woken.wait(60)
 
 
@@ -97,9 +98,10 @@ def test_a_give_back_that_fails_is_logged_once_and_repeated(
         assert "answered 500" in (neighbors.status()[0]["answer"] or "")
         assert neighbors.owed_bytes() == 80 * MB
         server.fails = False
-        assert neighbors.give_back_if_due() == AGAIN_AFTER_S
+        assert neighbors.owes
+        assert neighbors.give_back() is not None
         assert server.woken.wait(60)
-        until(lambda: neighbors.give_back_if_due() is None)
+        until(lambda: not neighbors.owes)
 
 
 def test_a_server_that_has_ended_needs_nothing_back(device: SimulatedDevice) -> None:
@@ -107,7 +109,7 @@ def test_a_server_that_has_ended_needs_nothing_back(device: SimulatedDevice) -> 
         neighbors = asking(device, server)
         neighbors.ask_one(server.url)
     give_back(neighbors)
-    assert neighbors.give_back_if_due() is None
+    assert not neighbors.owes
 
 
 def test_one_thread_waits_for_a_server_that_does_not_answer(device: SimulatedDevice) -> None:
@@ -118,7 +120,7 @@ def test_one_thread_waits_for_a_server_that_does_not_answer(device: SimulatedDev
         assert server.is_asked.wait(60)
         thread = neighbors.give_back()
         assert neighbors.give_back() is thread
-        assert [neighbors.give_back_if_due() for _ in range(3)] == [AGAIN_AFTER_S] * 3
+        assert neighbors.owes
         waiting = [each for each in threading.enumerate() if each.name == "gpu-neighbors"]
         server.may_sleep.set()
         asks.result()
