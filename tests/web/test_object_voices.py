@@ -426,6 +426,34 @@ def test_a_damaged_voice_is_read_once(url: str, recording: str, monkeypatch: pyt
     assert names(other) == []
 
 
+def test_an_object_that_may_not_be_read_hides_no_other(tmp_path: Path, recording: str) -> None:
+    class Closed(Proxy):
+        def cat_ranges(self, paths: list[str], *arguments: Any, **keywords: Any) -> Any:
+            lines = self._store.cat_ranges(paths, *arguments, **keywords)
+            return [
+                PermissionError("Access Denied") if "bob" in path else line
+                for path, line in zip(paths, lines, strict=True)
+            ]
+
+        def cat_file(self, path: str, *arguments: Any) -> Any:
+            if "bob" in path:
+                raise PermissionError("Access Denied")
+            return self._store.cat_file(path, *arguments)
+
+    store = ObjectVoices(f"file://{tmp_path}/voices")
+    store.add("Ada", "words", recording)
+    store.add("Bob", "words", recording)
+    (tmp_path / "voices" / "folder.voice").mkdir()
+    other = ObjectVoices(f"file://{tmp_path}/voices")
+    other._store = Closed(other._store, other._store.pipe_file)
+    assert names(other) == ["Ada"]
+    assert other.get("Ada").text == "words"
+    with pytest.raises(VoicesUnreadable, match="Access Denied"):
+        other.get("Bob")
+    with pytest.raises(UnknownVoice, match="high, low, Ada, or"):
+        other.get("folder")
+
+
 def test_an_object_that_is_too_large_is_not_copied(url: str, recording: str, monkeypatch: pytest.MonkeyPatch) -> None:
     store, other = ObjectVoices(url), ObjectVoices(url)
     store.add("Ada", "words", recording)

@@ -117,7 +117,9 @@ class ObjectVoices(VoiceStore):
             for name, line in zip(new, lines, strict=True):
                 if isinstance(line, bytes):
                     now[name] = _version(there[name]), _parsed(line, there[name]["size"], name)
-                elif not isinstance(line, FileNotFoundError):  # which was deleted meanwhile
+                elif not isinstance(
+                    line, FileNotFoundError | PermissionError
+                ):  # deleted meanwhile, or not for this app
                     raise line
         for name in before.keys() | now.keys():
             self._replace(name, before.get(name), now.get(name))
@@ -219,7 +221,8 @@ class ObjectVoices(VoiceStore):
         with self._asking(), suppress(FileNotFoundError):  # no voice was stored yet
             self._store.invalidate_cache(self._root)
             objects = self._call("ls", self._root, detail=True)
-            return [each for each in objects if each["name"].endswith(_SUFFIX) and each["size"]]
+            files = (each for each in objects if each["type"] == "file" and each["size"])
+            return [each for each in files if each["name"].endswith(_SUFFIX)]
         try:
             with suppress(VoicesUnreadable), self._asking():  # maybe for want of permission
                 if self._bucket:
