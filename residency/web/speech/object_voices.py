@@ -117,9 +117,7 @@ class ObjectVoices(VoiceStore):
             for name, line in zip(new, lines, strict=True):
                 if isinstance(line, bytes):
                     now[name] = _version(there[name]), _parsed(line, there[name]["size"], name)
-                elif not isinstance(
-                    line, FileNotFoundError | PermissionError
-                ):  # deleted meanwhile, or not for this app
+                elif not isinstance(line, FileNotFoundError | PermissionError):  # deleted, or not for this app
                     raise line
         for name in before.keys() | now.keys():
             self._replace(name, before.get(name), now.get(name))
