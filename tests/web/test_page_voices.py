@@ -12,7 +12,7 @@ from starlette.requests import Request
 from app import EditxTab
 from residency.errors import InvalidInput
 from residency.web.speech import sample_voices
-from residency.web.speech.voices import Voice
+from residency.web.speech.voices import Voice, VoicesUnreadable
 from residency.web.ui import voices as module
 
 SKIPPED = gr.skip()
@@ -54,6 +54,14 @@ def messages(updates: list[Any]) -> dict[str, str]:
 
 def names(tab: EditxTab) -> list[str]:
     return [value for _, value in tab.voice_choice.refresh(None)[1]]
+
+
+def test_a_store_that_does_not_answer_leaves_the_list_as_it_is(tab: EditxTab, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> list[Voice]:
+        raise VoicesUnreadable("s3://bucket/voices", "no answer within 10 s")
+
+    monkeypatch.setattr(tab.voices, "all", fail)
+    assert tab.voice_choice.refresh(None) == (SKIPPED, SKIPPED)
 
 
 class TestChoosing:

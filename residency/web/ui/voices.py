@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import shutil
 import tempfile
@@ -20,10 +21,12 @@ from ..shared.language import zh
 from ..speech import sample_voices
 from ..speech.recordings import Recordings
 from ..speech.service import SpeechService
-from ..speech.voices import Voice, VoiceStore
+from ..speech.voices import Voice, VoiceStore, VoicesUnreadable
 from .gpu_panel import check
 from .labels import label
 from .messages import SCRIPT, Message, MessagePlaces
+
+logger = logging.getLogger(__name__)
 
 _script = partial(static.calling, "voices.js")
 _ABOUT: tuple[Field, ...] = ("recording", "prompt_text", "voice", "voice_name")
@@ -106,9 +109,14 @@ class Voices:
     def refresh(self, listed: Sequence[tuple[str, str]] | None) -> tuple[Any, Any]:
         """Returns an update of the list, and its choices (title, name), unless these are ``listed`` already.
 
-        Gradio 5 hides all but the chosen one of an open list that it updates.
+        Gradio 5 hides all but the chosen one of an open list that it updates. Without an answer of the store the list
+        stays; a choice from it then says why it is not there.
         """
-        choices = self._choices()
+        try:
+            choices = self._choices()
+        except VoicesUnreadable as error:
+            logger.warning("%s", error)
+            return gr.skip(), gr.skip()
         return (gr.skip(), gr.skip()) if choices == listed else (gr.update(choices=choices), choices)
 
     def _choices(self) -> list[tuple[str, str]]:
