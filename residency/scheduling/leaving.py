@@ -33,14 +33,13 @@ class Leaving:
             pids.update(getattr(resident, "pids", ()))
         return pids
 
-    def count_on_card(self) -> int:
+    def count_on_card(self) -> int | None:
         residents = self._residents()
+        if any(getattr(each, "pids", ()) for each in residents):  # not all of them use it
+            return None
         workers = [each.worker for each in residents if isinstance(each, InWorker)]
-        children = sum(len(getattr(each, "pids", ())) for each in residents)
-        if not workers:
-            return 1 + children
         running = sum(not (worker.ended or worker.checkpointed) for worker in workers)
-        return running + children + residents.count(None)
+        return running + residents.count(None) if workers else 1
 
     def _residents(self) -> list[object]:
         """Returns what the models have loaded, and None for each that loads."""

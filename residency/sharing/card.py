@@ -246,7 +246,8 @@ class SharedCard:
         tickets = self._room.change(act) or ()
         if free_bytes is not None:
             # A driver that lists no process, although this one is there, does not tell (WSL2, some containers).
-            has_others = bool(holders) if named else not listed or len(listed) > self._leaving.count_on_card()
+            own_count = None if named else self._leaving.count_on_card()
+            has_others = bool(holders) if named else not listed or own_count is None or len(listed) > own_count
             self._yield(tickets, free_bytes, has_others, now_s)
 
     def _yield(self, tickets: Tickets, free_bytes: int, has_others: bool, now_s: float) -> None:

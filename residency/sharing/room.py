@@ -44,8 +44,8 @@ class Leaving(Protocol):
     def own_pids(self) -> set[int]:
         """Returns this process, and those of its models."""
 
-    def count_on_card(self) -> int:
-        """Returns how many processes of this app use the card, once a model is there."""
+    def count_on_card(self) -> int | None:
+        """Returns how many processes of this app use the card, once a model is there; None if engines have some."""
 
     def offers(self) -> dict[str, tuple[float, int]]:
         """Returns the models that `leave` would move without ``before_s``, and those on their way off the card.

@@ -114,6 +114,11 @@ class WorkerResident:
         return sizes.usable and all(map(pid_is_alive, sizes.pids))
 
     @property
+    def pids(self) -> tuple[int, ...]:
+        """Processes that the engine needs beside the worker."""
+        return self._sizes.pids
+
+    @property
     def moves_itself(self) -> bool:
         return self._sizes.moves_itself
 

@@ -187,3 +187,18 @@ def test_an_app_that_is_alone_on_the_card_does_not_leave_for_itself(
         with service(card, CAPACITY) as stranger:
             assert stranger.do("grow", MB)
             assert manager.wait_for("tts", State.HOST, 60), "now there is another one"
+
+
+def test_an_app_whose_engines_have_processes_of_their_own_counts_as_not_alone(
+    nvml: NvmlOfCard, card: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By pids of the host, nothing tells these processes from programs of others."""
+    monkeypatch.setattr(leaving, "LONGEST_STAY_S", 0.0)
+    nvml.number = lambda pid: pid + (1 << 30)
+    device, sharing = CardByNvml(CAPACITY, card), Sharing(headroom_bytes=50 * MB)
+    with GPUResourceManager(device, keep_warm=600, sharing=sharing) as manager:
+        manager.register("tts", functools.partial(Weights, 60 * MB), size_bytes=60 * MB)
+        with manager.lease("tts"):
+            resident = manager._dispatcher.managed_models["tts"].resident
+            monkeypatch.setattr(type(resident), "pids", (1, 2), raising=False)
+        assert manager.wait_for("tts", State.HOST, 60)
