@@ -47,7 +47,7 @@ from residency.scheduling.registry import Registry
 from residency.scheduling.status import Overview
 from residency.scheduling.worker_status import Workers
 from residency.sharing import Sharing
-from residency.sharing.card import asking_of, share_card, sharing_of
+from residency.sharing.card import ask_neighbor, share_card, sharing_of
 from residency.states import State
 from residency.status_types import Status, UsageHistory
 from residency.workers.isolation import IsolationMode, Residue, isolation_for
@@ -170,8 +170,7 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         managed.load_timeout_s, managed.skip, managed.random_state = limit_s, tuple(skip), RandomState()
         managed.leases.max_waiting = math.inf if max_waiting is None else max_waiting
         managed.memory.size_bytes = size_bytes
-        if keep is not None:
-            managed.borrowed_part = BorrowedPart(keep, self.device)
+        managed.borrowed_part = None if keep is None else BorrowedPart(keep, self.device)
         self._registry.add(managed)
 
     def configure(self, name: str | None = None, *, keep_warm: Time = None, idle_timeout: Time = None) -> None:
@@ -253,7 +252,7 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
 
     def ask_neighbor(self, url: str) -> None:
         """Asks one of the status's ``neighbors`` to give up what it holds idle. Raises if it is unknown or in use."""
-        asking_of(self._share).ask_one(url)
+        ask_neighbor(self._share, url)
 
     @property
     def device_lost(self) -> DeviceLost | None:
@@ -299,13 +298,13 @@ class GPUResourceManager(AbstractContextManager["GPUResourceManager"]):
         Waiting requests get `ManagerClosed`. Returns False if a request or load, which keeps its model, still runs
         after ``grace`` seconds (None or -1: no limit). Raises RuntimeError if called from within a lease or a loader.
         """
-        grace_s = math.inf if grace is None else seconds(grace)
+        end_s = SystemClock().now() + (grace_s := math.inf if grace is None else seconds(grace))
         self._admission.deadlocks.refuse_own("close()", self._registry.named(None))
         self._registry.closed = True
         all_released = self._manual_control.retire(self._registry.named(None), ManagerClosed(), grace_s)
         self._dispatcher.monitor.stop()
         if self._share:
-            self._share.close()
+            self._share.close(end_s - SystemClock().now())
         self._dispatcher.notifier.listeners.close()
         if self._isolation and all_released:
             self._isolation.close()

@@ -41,6 +41,7 @@ def build(settings: Settings, models: Mapping[str, bool], replicas: DeploymentHa
     """
     recordings = Recordings(folder, settings.max_disk)
     voices = voice_store(settings.voices_dir)
+    voices.sweep()
     queue = SpeechQueue("tts", settings.max_requests)
     speakers = {}
     for name, builtin in models.items():

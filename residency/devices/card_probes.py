@@ -17,6 +17,8 @@ from ..locks import renewed_in_children
 from ..modules import imported
 
 _OURS = ("--enable-gpu-management", "gpu_manager", "tts_gpu_managed", "residency.workers")
+#: Newer versions of pynvml raise the second one for drivers before 510, older ones do not have it.
+_NO_LIST = (pynvml.NVMLError, getattr(pynvml, "NVMLLibraryMismatchError", pynvml.NVMLError))
 _NO_SUCH_CARD = (pynvml.NVML_ERROR_INVALID_ARGUMENT, pynvml.NVML_ERROR_NOT_FOUND)
 
 
@@ -81,7 +83,7 @@ class NvmlProbe:
             memory = pynvml.nvmlDeviceGetMemoryInfo(self._handle)
         except pynvml.NVMLError:
             return Memory()
-        processes = self._processes()
+        processes = self._processes(pynvml.nvmlDeviceGetComputeRunningProcesses)
         own = [nbytes for pid, nbytes in processes or () if pid == os.getpid()]
         # In containers the driver lists the host's pids, or none: then this process's use is unknown.
         unknown = processes is None or None in own or (processes and not own)
@@ -106,14 +108,17 @@ class NvmlProbe:
 
     def holders(self) -> tuple[tuple[int, int | None], ...]:
         """Returns the processes that hold memory of this GPU: (pid, bytes or None if unknown)."""
-        return self._processes() or ()
+        processes = self._processes(pynvml.nvmlDeviceGetComputeRunningProcesses)
+        if processes is None:
+            return ()
+        # One that computes and draws is in both lists. MIG instances have no list of those that draw.
+        return tuple(dict([*(self._processes(pynvml.nvmlDeviceGetGraphicsRunningProcesses) or ()), *processes]).items())
 
-    def _processes(self) -> tuple[tuple[int, int | None], ...] | None:
+    def _processes(self, ask: Callable[[Any], Any]) -> tuple[tuple[int, int | None], ...] | None:
         try:
-            processes = pynvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
-        except pynvml.NVMLError:  # WSL2 and virtual GPUs list no processes
+            return tuple((process.pid, process.usedGpuMemory) for process in ask(self._handle))
+        except _NO_LIST:  # as in WSL2 and on virtual GPUs
             return None
-        return tuple((process.pid, process.usedGpuMemory) for process in processes)
 
 
 class TorchProbe:

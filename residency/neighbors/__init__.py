@@ -36,10 +36,10 @@ def neighbor(kind: str, url: str, token: str | None = None) -> Neighbor:
 
     ``token``: ``user:password``, or a bearer token; without it, the user information of the address, if it has one.
     """
-    if kind not in _SERVERS:
+    if kind not in _SERVERS:  # not quoted: without a kind, it is an address with a token
         raise InvalidInput(
-            f"{kind!r} is no kind of GPU server that can be asked for memory; known: {', '.join(KINDS)}",
-            f"{kind!r} 不是可请求让出显存的 GPU 服务类型；支持：{'、'.join(KINDS)}",
+            f"This is no kind of GPU server that can be asked for memory; known: {', '.join(KINDS)}",
+            f"这不是可请求让出显存的 GPU 服务类型；支持：{'、'.join(KINDS)}",
         )
     address = _address(url)
     if token is None and address.username is not None:
@@ -78,8 +78,9 @@ def find(pids: Collection[int], own_pids: Collection[int]) -> list[tuple[int, Ne
 
     Looks at the ports on which a process or one of its parents listens, the oldest first; the command line or the
     working folder suggests a kind, and `Neighbor.held` confirms it. Processes of a server have the same one. Left out:
-    ``own_pids`` and their children, servers that need a token or a setting, and those of other users and in containers,
-    whose ports are not known here; they can be given by address. Sends requests (2 s each) to ports of such programs.
+    ``own_pids`` with their children and parents, such as a broker that has started them; and servers that can only be
+    given by address: those that need a token or a setting, of other users, and in containers, whose ports are not known
+    here. Sends requests (2 s each) to ports of such programs.
     """
     return discovery.search(pids, own_pids, tuple(_SERVERS.values()))
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Collection, Iterator, Sequence
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -22,8 +24,11 @@ def search(
     """Returns the servers of these processes, where it finds one; see `residency.neighbors.find`."""
     confirmed: dict[Server, bool] = {}
     found: list[tuple[int, Neighbor]] = []
+    parents = {parent.pid for own_pid in own_pids for parent in _parents(own_pid)}
     for pid in dict.fromkeys(pids):
         for process in _family(pid, frozenset(own_pids)):
+            if process.pid in parents:  # it would end our processes
+                continue
             server = next((each for each in _candidates(process, kinds) if _confirm(each, confirmed)), None)
             if server is not None:
                 found.append((pid, server))
@@ -31,11 +36,28 @@ def search(
     return found
 
 
+def started_us(url: str) -> bool:
+    """Returns whether a parent of this process listens on the port of an address, which is on this machine."""
+    address = urlsplit(url)
+    port = address.port or (443 if address.scheme == "https" else 80)
+    for parent in _parents(os.getpid()):
+        with contextlib.suppress(psutil.Error):  # of another user
+            if port in (at for _, at in _listening(parent)):
+                return True
+    return False
+
+
+def _parents(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).parents()
+    except psutil.Error:
+        return []
+
+
 def _family(pid: int, own_pids: frozenset[int]) -> list[psutil.Process]:
     """Returns a process and its parents, the oldest first: it started the others, and so decides about them."""
     try:
-        process = psutil.Process(pid)
-        family = [process, *process.parents()]
+        family = [psutil.Process(pid), *_parents(pid)]
     except psutil.Error:
         return []
     return [] if any(each.pid in own_pids for each in family) else family[::-1]

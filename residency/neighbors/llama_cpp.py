@@ -56,7 +56,7 @@ class LlamaCpp(Server):
         return self._read("/models", _states)
 
     def _computes(self, model: str) -> bool:
-        of_model = f"?model={quote(model, safe='')}&autoload=false"
+        of_model = f"?model={quote(model, safe='', errors='replace')}&autoload=false"
         answer = self._get(path := f"/metrics{of_model}")
         if answer.status == 501:
             answer = self._get(path := f"/slots{of_model}")
@@ -64,7 +64,7 @@ class LlamaCpp(Server):
                 return self._parsed(path, answer, lambda slots: any(slot["is_processing"] for slot in slots))
         if answer.status in (400, 500, 503):
             return True  # the model's process ends
-        return self._parsed(path, answer, lambda text: gauges(text, *_REQUESTS), text=True) > 0
+        return self._parsed(path, answer, lambda text: gauges(text, *_REQUESTS), text=True) != 0
 
 
 _REQUESTS = ("llamacpp:requests_processing", "llamacpp:requests_deferred")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import http.client
+import io
 import json
 import re
+import socket
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -20,7 +22,7 @@ from .contract import Held
 LIMIT_BYTES = 1 << 20
 """Longer answers are an error."""
 HELD_S, ASK_S = 2.0, 60.0
-"""Longest time of a request that changes nothing, and of one that frees memory."""
+"""Longest time of a request that changes nothing, and of one that frees memory, each with its whole answer."""
 
 _T = TypeVar("_T")
 
@@ -120,13 +122,12 @@ class Server(ABC):
         end = time.monotonic() + timeout_s
         try:
             connection.connect()
-            sock = connection.sock  # a response that ends with the connection takes it away
             data = None if body is None else json.dumps(body).encode()
             connection.request(method, address.path + path, data, self._headers(data))
-            response = connection.getresponse()
+            response = http.client.HTTPResponse(_Timed(connection.sock, end), method=method)  # type: ignore[arg-type]
+            response.begin()
             received = b""
             while until is None or not until(received):
-                sock.settimeout(max(end - time.monotonic(), 0.001))
                 try:
                     part = response.read1(1 << 16)
                 except TimeoutError:
@@ -134,6 +135,8 @@ class Server(ABC):
                         raise
                     break
                 if not part:
+                    if until is None and response.length:
+                        raise http.client.IncompleteRead(received, response.length)
                     break
                 received += part
                 if len(received) > LIMIT_BYTES:
@@ -155,6 +158,26 @@ class Server(ABC):
         elif self.token is not None:
             headers["Authorization"] = f"Bearer {self.token}"
         return headers
+
+
+class _Timed(io.RawIOBase):
+    """Reads from a socket until a time of ``time.monotonic``, in how many parts an answer may come."""
+
+    def __init__(self, sock: socket.socket, end_s: float) -> None:
+        self._sock, self._end_s = sock, end_s
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left_s = self._end_s - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError
+        self._sock.settimeout(left_s)
+        return self._sock.recv_into(buffer)
 
 
 @dataclass(frozen=True)

@@ -27,28 +27,20 @@ class ThisProject(Server):
     )
 
     def held(self) -> Held:
-        models = self._read("/gpu/status", _models)
-        in_use = any(model["leases"] or model["waiting"] or model["state"] == "moving" for model in models.values())
-        there = _that_may_leave(models)
-        return Held(in_use, sum(there.values()), tuple(there))
+        return self._read("/gpu/status", _held)
 
     def ask(self) -> None:
-        for name in _that_may_leave(self._read("/gpu/status", _models)):
+        for name in self.held().models:
             self._post("/gpu/offload", {"model": name})
 
 
-def _models(answer: Any) -> dict[str, Any]:
-    return {name: _known(model) for name, model in answer["models"].items()}
-
-
-def _known(model: Any) -> dict[str, Any]:
-    return {field: model[field] for field in ("leases", "waiting", "state", "device_bytes", "keep_warm_s")}
-
-
-def _that_may_leave(models: dict[str, Any]) -> dict[str, int]:
-    """Returns the bytes of models on the device, without those that their owner always keeps there."""
-    return {
-        name: model["device_bytes"]
+def _held(answer: Any) -> Held:
+    """Counts models on the device, without those that their owner always keeps there."""
+    models = answer["models"]
+    in_use = [model["leases"] or model["waiting"] or model["state"] == "moving" for model in models.values()]
+    there = {
+        name: int(model["device_bytes"])
         for name, model in models.items()
         if model["state"] == "gpu" and model["device_bytes"] and model["keep_warm_s"] != -1
     }
+    return Held(any(in_use), sum(there.values()), tuple(there))

@@ -38,7 +38,7 @@ class VLLM(Server):
         if self._sleeps():
             return Held(False, 0)
         requests = self._read("/metrics", lambda text: gauges(text, *_REQUESTS), text=True)
-        return Held(requests > 0, None)
+        return Held(requests != 0, None)  # also without a number
 
     def ask(self) -> None:
         if not self._sleeps():

@@ -27,13 +27,27 @@ class Leaving:
 
     def own_pids(self) -> set[int]:
         pids = {os.getpid()}
-        with self._dispatcher.lock:
-            for managed in self._dispatcher.managed_models.values():
-                resident = managed.move_task.resident if managed.move_task else managed.resident
-                if isinstance(resident, InWorker):
-                    pids.add(resident.worker.pid)
-                pids.update(getattr(resident, "pids", ()))
+        for resident in self._residents():
+            if isinstance(resident, InWorker):
+                pids.add(resident.worker.pid)
+            pids.update(getattr(resident, "pids", ()))
         return pids
+
+    def count_on_card(self) -> int:
+        residents = self._residents()
+        workers = [each.worker for each in residents if isinstance(each, InWorker)]
+        children = sum(len(getattr(each, "pids", ())) for each in residents)
+        if not workers:
+            return 1 + children
+        running = sum(not (worker.ended or worker.checkpointed) for worker in workers)
+        return running + children + residents.count(None)
+
+    def _residents(self) -> list[object]:
+        """Returns what the models have loaded, and None for each that loads."""
+        with self._dispatcher.lock:
+            models = [*self._dispatcher.managed_models.values()]
+            moving = [each.move_task.resident for each in models if each.move_task]
+            return moving + [each.resident for each in models if not each.move_task and each.resident is not None]
 
     def offers(self) -> dict[str, tuple[float, int]]:
         with self._dispatcher.lock:

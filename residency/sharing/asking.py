@@ -21,11 +21,8 @@ logger = logging.getLogger(__name__)
 AGAIN_AFTER_S = 5.0
 """Time after which a neighbour that was asked, or was in use, is looked at again."""
 
-GIVE_BACK_AFTER_S = 60.0
-"""Time after which a neighbour that was asked by hand gets its memory back if no model has come."""
-
 CLOSED_WITHIN_S = 5.0
-"""Maximum wait of `Asking.close` for neighbours that get their memory back."""
+"""Wait of `Asking.close` for neighbours that get their memory back, also if its caller has no time left."""
 
 FREED_WITHIN_S = 3.0
 """Maximum wait for the memory that a neighbour gives up; drivers report it with a delay."""
@@ -56,8 +53,10 @@ class Asking:
         self._known = {each.url: _Known(each) for each in given if each is not None}
         self._device, self._own_pids = device, own_pids
         self._lock = threading.Lock()
-        #: Neighbours that do not load again by themselves, and when each was asked.
-        self._owed: dict[str, float] = {}
+        #: What neighbours gave up that do not load again by themselves, in bytes.
+        self._owed: dict[str, int] = {}
+        self._gives_back: threading.Thread | None = None
+        self._closed = False
         self._talking = threading.Lock()  # one request to a neighbour at a time, so that their order is certain
         self._owner_pid = os.getpid()
         self._found_s = -math.inf
@@ -89,34 +88,53 @@ class Asking:
         if known is None:
             raise InvalidInput(f"{url} is no neighbour of this app", f"{url} 不是本应用的邻居服务")
         held = known.neighbor.held()
+        self._note(url, held=held, looked_s=time.monotonic())
         if held.in_use:
-            self._note(url, held=held, looked_s=time.monotonic())
             raise InvalidInput(f"{known.neighbor.kind} at {url} is in use: it is not asked now",
                                f"{url} 的 {known.neighbor.kind} 正在使用中：现在不会请求它")  # fmt: skip
-        self._ask(known.neighbor, held)
+        if held.idle_bytes != 0:
+            self._ask(known.neighbor, held)
 
     def give_back(self) -> threading.Thread | None:
-        """Begins to undo `ask` at the neighbours that do not load again by themselves. Returns the thread, if any."""
+        """Begins to undo `ask` at the neighbours that do not load again by themselves. Returns the thread, if any.
+
+        To be repeated while it `owes` something: they may not answer, or the system may have no thread left.
+        """
         if not self._owed or os.getpid() != self._owner_pid:
             return None
+        if self._gives_back is not None and self._gives_back.is_alive():
+            return self._gives_back
         thread = threading.Thread(target=self._give_back_all, name="gpu-neighbors", daemon=True)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:
+            return None
+        self._gives_back = thread
         return thread
 
-    def give_back_if_due(self) -> float | None:
-        """While no model is on the card: the same for those asked long ago. Returns after how long to call it again."""
-        if not self._owed:
-            return None
-        due_s = min(self._owed.copy().values()) + GIVE_BACK_AFTER_S - time.monotonic()
-        if due_s > 0:
-            return due_s
-        self.give_back()
-        return AGAIN_AFTER_S
+    @property
+    def owes(self) -> bool:
+        """Whether neighbours have given up something that they do not take again by themselves."""
+        return bool(self._owed)
 
-    def close(self) -> None:
-        """Undoes `ask`, and waits for it at most `CLOSED_WITHIN_S`."""
-        if (thread := self.give_back()) is not None:
-            thread.join(CLOSED_WITHIN_S)
+    def owed_bytes(self) -> int:
+        """Returns the bytes that neighbours have given up and `give_back` lets them take again."""
+        return sum(list(self._owed.values()))
+
+    def close(self, within_s: float = 0) -> None:
+        """Undoes `ask`, also one without an answer yet, and waits for it at most so long. The first call counts."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        end_s = time.monotonic() + max(within_s, CLOSED_WITHIN_S)
+        for _ in range(2):  # a thread that runs already may have begun before the last one was asked
+            if (thread := self.give_back()) is not None:
+                thread.join(min(max(end_s - time.monotonic(), 0), threading.TIMEOUT_MAX))
+        for url in list(self._owed):
+            kind = self._known[url].neighbor.kind
+            logger.warning("%s at %s has not got its memory back; the guide says how to wake it up / "
+                           "%s（%s）尚未收回显存，唤醒方法见指南", kind, url, kind, url)  # fmt: skip
 
     def status(self) -> list[NeighborStatus]:
         now_s = time.monotonic()
@@ -137,13 +155,13 @@ class Asking:
     def _ask_all(self, needed_bytes: int, is_wanted: Callable[[], bool]) -> None:
         try:
             if self._finds and time.monotonic() >= self._found_s + AGAIN_AFTER_S:
-                self._find()
                 self._found_s = time.monotonic()
+                self._find()
             for url, known in list(self._known.items()):
                 if self._is_free(needed_bytes) or not is_wanted():
                     return
                 if known.looked_s == math.inf or time.monotonic() >= known.looked_s + AGAIN_AFTER_S:
-                    self._ask_if_idle(url, known.neighbor, needed_bytes)
+                    self._ask_if_idle(url, known, needed_bytes)
         except Exception:
             logger.exception("The neighbours on the card could not be asked")
         finally:
@@ -154,28 +172,37 @@ class Asking:
         for pid, neighbor in find([pid for pid, _ in self._device.holders() if pid not in own], own):
             self._known.setdefault(neighbor.url, _Known(neighbor, pid))
 
-    def _ask_if_idle(self, url: str, neighbor: Neighbor, needed_bytes: int) -> None:
+    def _ask_if_idle(self, url: str, known: _Known, needed_bytes: int) -> None:
         try:
-            held = neighbor.held()
-            self._note(url, held=held, looked_s=time.monotonic(), error=None)
-            if not held.in_use and held.idle_bytes != 0:
-                self._ask(neighbor, held)
-                until_s = time.monotonic() + FREED_WITHIN_S
-                while not self._is_free(needed_bytes) and time.monotonic() < until_s:
-                    time.sleep(0.05)
-        except ResidencyError as error:
-            logger.warning("%s", error)
-            self._note(url, looked_s=time.monotonic(), error=Sentence(error.en, error.zh))
+            held = known.neighbor.held()
+            if held.in_use or held.idle_bytes == 0:
+                self._note(url, held=held, looked_s=time.monotonic(), error=None)
+                return
+            self._ask(known.neighbor, held, needed_bytes)
+        except Exception as error:
+            self._failed(url, error)
 
-    def _ask(self, neighbor: Neighbor, held: Held) -> None:
+    def _ask(self, neighbor: Neighbor, held: Held, needed_bytes: int = 0) -> None:
+        """Asks a neighbour, and waits until the memory is free, at most `FREED_WITHIN_S`."""
+        url, before_bytes = neighbor.url, self._device.memory().free_bytes
         with self._talking:
-            if neighbor.gives_back:
-                self._owed[neighbor.url] = time.monotonic()  # before: it may do it although its answer is lost
+            with self._lock:
+                if self._closed:
+                    return
+                if neighbor.gives_back:  # before: it may do it although its answer is lost
+                    self._owed[url] = held.idle_bytes or 0
             neighbor.ask()
         now_s = time.monotonic()
-        self._note(neighbor.url, held=held, looked_s=now_s, asked_s=now_s, error=None)
-        logger.info("%s at %s has given up idle memory / %s（%s）已让出空闲显存",
-                    neighbor.kind, neighbor.url, neighbor.kind, neighbor.url)  # fmt: skip
+        self._note(url, held=held, looked_s=now_s, asked_s=now_s, error=None)
+        logger.info("%s at %s was asked to give up idle memory / %s（%s）已收到让出空闲显存的请求",
+                    neighbor.kind, url, neighbor.kind, url)  # fmt: skip
+        while not self._is_free(needed_bytes) and time.monotonic() < now_s + FREED_WITHIN_S:
+            time.sleep(0.05)
+        free_bytes = self._device.memory().free_bytes
+        if held.idle_bytes is None and before_bytes is not None and free_bytes is not None:
+            with self._lock:
+                if url in self._owed:
+                    self._owed[url] = max(0, free_bytes - before_bytes)
 
     def _give_back_all(self) -> None:
         for url in list(self._owed):
@@ -184,10 +211,22 @@ class Asking:
                     continue  # another thread was first
                 try:
                     self._known[url].neighbor.give_back()
+                except Exception as error:
+                    self._failed(url, error)
+                    if not isinstance(error.__cause__, ConnectionRefusedError):
+                        continue  # tried again later
+                with self._lock:  # also of a server that has ended
                     del self._owed[url]
-                except ResidencyError as error:  # tried again later
-                    logger.warning("%s", error)
-                    self._note(url, error=Sentence(error.en, error.zh))
+
+    def _failed(self, url: str, error: Exception) -> None:
+        """Notes why a neighbour could not be asked, and logs it, unless that is known."""
+        if isinstance(error, ResidencyError):
+            said, traceback = Sentence(error.en, error.zh), None
+        else:
+            said, traceback = Sentence.of(repr(error)), error
+        if self._known[url].error != said:
+            logger.warning("%s", said, exc_info=traceback)
+        self._note(url, looked_s=time.monotonic(), error=said)
 
     def _note(self, url: str, **changes: object) -> None:
         with self._lock:

@@ -3,6 +3,7 @@
 SQLite, because a transaction of a process that is killed at any moment is undone by the next one, on each local file
 system and across containers with a common folder. A process that is stopped within a transaction (some
 milliseconds) keeps the others out: then each raises `BoardBusy` after `BUSY_AFTER_S` and goes on without the queue.
+A power cut may damage the file, since nothing is forced to the disk: each start of the system has a file of its own.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, fields, replace
 from pathlib import Path
@@ -32,6 +34,13 @@ _TABLE = (
 )
 
 
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+"""Has a new value after each start of the kernel, which containers share."""
+
+_OLD_AFTER_S = 24 * 3600.0
+"""Time without a change after which a file of another start is removed."""
+
+
 class BoardBusy(Exception):
     """The file is locked by a process that does not go on, or cannot be used; the argument says which."""
 
@@ -41,8 +50,10 @@ class Board:
 
     def __init__(self, folder: Path, identity: str) -> None:
         name = "".join(sign if sign.isalnum() or sign in "-_" else "_" for sign in identity)
+        boot = _BOOT.read_text().strip() if _BOOT.exists() else ""
         self._opened_to_all = False
-        self.path = folder / f"card-{name}-{_VERSION}.db"
+        self._of_all_starts = f"card-{name}-{_VERSION}-*"
+        self.path = folder / f"card-{name}-{_VERSION}-{boot}.db"
 
     def change(self, act: Callable[[Tickets], tuple[Tickets, T]]) -> T:
         """Replaces the tickets by those that ``act`` returns, in one transaction; returns its other result."""
@@ -80,10 +91,17 @@ class Board:
         """Lets other users change the tickets and undo a transaction: the folder's rights say which users can."""
         if not self._opened_to_all:
             self._opened_to_all = True
+            self._remove_old()
             for path in (self.path, Path(f"{self.path}-journal")):
                 with contextlib.suppress(OSError):  # that of another user, who has done it
                     path.touch()
                     path.chmod(0o666)
+
+    def _remove_old(self) -> None:
+        with contextlib.suppress(OSError):  # those of another user
+            for path in self.path.parent.glob(self._of_all_starts):
+                if not path.name.startswith(self.path.name) and path.stat().st_mtime < time.time() - _OLD_AFTER_S:
+                    path.unlink()
 
 
 def _tickets(connection: sqlite3.Connection) -> Tickets:

@@ -20,10 +20,10 @@ from ..errors import InvalidInput
 from ..observability.events import Event
 from ..status_types import SharingStatus
 from . import Sharing
-from .asking import Asking
+from .asking import AGAIN_AFTER_S, Asking
 from .board import Board, BoardBusy, PrivateBoard
 from .processes import Identity, family_of, identity_of, name_of, other_processes
-from .room import Leaving, Room
+from .room import PAUSE_S, Leaving, Room
 from .strangers import GIVEN_UP_AFTER_S, Strangers
 from .tickets import (
     PRESENCE,
@@ -43,8 +43,11 @@ logger = logging.getLogger(__name__)
 PATIENCE_S = 15.0
 """Time for the models that should leave first, after which all others leave: an offload takes some seconds."""
 
+GIVE_BACK_AFTER_S = 60.0
+"""Time after which a neighbour that was asked by hand gets its memory back, and maximum wait for it to be free."""
+
 LOOK_EVERY_S = 0.1
-"""Interval of looks at the card while a model of this process is on it."""
+"""Interval of looks at the card while a model of this process is on it that may leave for others."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,9 @@ class SharedCard:
         self.place = self._room.place
         self._wake = threading.Event()
         self._closed = False
+        self._serves_others = headroom_bytes > 0 or isinstance(board, Board)
+        #: When neighbours get back what they have given up, unless a model of this process is on the card.
+        self._due_s = -math.inf
         #: By ticket, and "" for the headroom.
         self._lacks_since_s: dict[str, float] = {}
         self._thread = threading.Thread(target=self._run, name="gpu-card-watch", daemon=True)
@@ -97,17 +103,25 @@ class SharedCard:
     def start(self) -> None:
         self._thread.start()
 
-    def close(self) -> None:
-        """Ends the thread and waits for it."""
+    def close(self, within_s: float = 0) -> None:
+        """Ends the thread and waits for it, and for neighbours as `Asking.close`."""
         self._closed = True
         self._wake.set()
         if self._thread.ident is not None:
             self._thread.join()
-        self.asking.close()
+        self.asking.close(within_s)
 
     def wake(self) -> None:
         """Makes the thread look at the card: a model has arrived, or a move has begun."""
         self._wake.set()
+
+    def ask_one(self, url: str) -> None:
+        """See `Asking.ask_one`; if no model of this process comes, the neighbour gets its memory back."""
+        self._due_s = time.monotonic() + GIVE_BACK_AFTER_S
+        try:
+            self.asking.ask_one(url)
+        finally:  # it may have given up its memory although its answer is lost
+            self.wake()
 
     def status(self) -> SharingStatus:
         now_s, recent = time.monotonic(), self.last_yield
@@ -135,6 +149,7 @@ class SharedCard:
         watches, here_s = False, -math.inf
         while not self._closed:
             self._wake.clear()
+            pause_s: float | None = PAUSE_S
             try:
                 now_s = time.monotonic()
                 if self._leaving.on_card() or self._room.is_moving:
@@ -143,14 +158,38 @@ class SharedCard:
                 watched, watches = watches, now_s <= here_s + (STALE_AFTER_S if self._strangers.asking else 0)
                 if watches:
                     self._look()
-                elif watched:
-                    self._rest()
-                    self.asking.give_back()
+                    pause_s = LOOK_EVERY_S if self._serves_others or self._room.is_moving else AGAIN_AFTER_S
+                else:
+                    if watched:
+                        self._rest()
+                        self._due_s = now_s
+                    pause_s = self._give_back(now_s)
             except Exception:
                 logger.exception("The watch over the card met an error and goes on")
-            self._wake.wait(LOOK_EVERY_S if watches else self.asking.give_back_if_due())
+            self._wake.wait(pause_s)
         if watches:
             self._rest()
+
+    def _give_back(self, now_s: float) -> float | None:
+        """Gives neighbours back what they have given up, once it is free.
+
+        Returns after how many seconds to call it again; None: not before a neighbour is asked.
+        """
+        if not self.asking.owes:
+            return None
+        if now_s < self._due_s:
+            return self._due_s - now_s
+        if now_s < self._due_s + GIVE_BACK_AFTER_S and not self._has_room_for_neighbors(now_s):
+            return AGAIN_AFTER_S
+        self.asking.give_back()
+        return AGAIN_AFTER_S if self.asking.owes else None
+
+    def _has_room_for_neighbors(self, now_s: float) -> bool:
+        """Returns whether nothing waits or moves in the queue, and as much is free as the neighbours gave up."""
+        tickets, free_bytes = self._room.change(lambda tickets: (tickets, tickets)), self._device.memory().free_bytes
+        if tickets is None or not all(ticket.marks_presence for ticket in alive(tickets, now_s)):
+            return False
+        return free_bytes is None or free_bytes >= self.asking.owed_bytes()
 
     def _rest(self) -> None:
         """Ends the watch. Tickets of strangers end by themselves."""
@@ -176,8 +215,9 @@ class SharedCard:
         self._families = {pid: self._families.get(pid) or family_of(pid) for pid, _ in listed}
         # Also without a worker process that begins to load.
         holders = [(pid, nbytes) for pid, nbytes in listed if pid not in own and me not in self._families[pid]]
-        # In a container the driver may name processes by the host's numbers: then this process may be one of them.
+        # In a container the driver may name processes by the host's numbers: then some of them are those of this app.
         held = {pid: nbytes for pid, nbytes in holders if nbytes is not None and psutil.pid_exists(pid)}
+        named = len(holders) < len(listed)
         own_bytes = self._room.own_bytes() if self._room.is_moving else None  # asks the driver once more
         here = self._here(me, now_s)
 
@@ -206,7 +246,8 @@ class SharedCard:
         tickets = self._room.change(act) or ()
         if free_bytes is not None:
             # A driver that lists no process, although this one is there, does not tell (WSL2, some containers).
-            self._yield(tickets, free_bytes, bool(holders) or not listed, now_s)
+            has_others = bool(holders) if named else not listed or len(listed) > self._leaving.count_on_card()
+            self._yield(tickets, free_bytes, has_others, now_s)
 
     def _yield(self, tickets: Tickets, free_bytes: int, has_others: bool, now_s: float) -> None:
         """Leaves for the first in the queue and, if idle and not alone, while less than the headroom is free."""
@@ -243,13 +284,13 @@ def sharing_of(card: SharedCard | None) -> SharingStatus | None:
     return None if card is None else card.status()
 
 
-def asking_of(card: SharedCard | None) -> Asking:
-    """Returns the neighbours of a shared card; raises `InvalidInput` for one that is not shared."""
+def ask_neighbor(card: SharedCard | None, url: str) -> None:
+    """Asks a neighbour of a shared card, see `Asking.ask_one`; raises `InvalidInput` if the card is not shared."""
     if card is None:
         raise InvalidInput(
             "the GPU is not shared: start with --gpu-neighbor", "未启用显卡共享：请使用 --gpu-neighbor 启动"
         )
-    return card.asking
+    card.ask_one(url)
 
 
 def share_card(
@@ -281,6 +322,6 @@ def share_card(
 
     asking = Asking(sharing.neighbors, device, own_pids)
     card = SharedCard(device, leaving, headroom_bytes=sharing.headroom_bytes, board=board, asking=asking)
-    subscribe(lambda event: card.wake() if event.what == "began" else None)
+    subscribe(lambda event: card.wake() if event.what in ("began", "done", "failed") else None)
     card.start()
     return card

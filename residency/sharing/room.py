@@ -44,6 +44,9 @@ class Leaving(Protocol):
     def own_pids(self) -> set[int]:
         """Returns this process, and those of its models."""
 
+    def count_on_card(self) -> int:
+        """Returns how many processes of this app use the card, once a model is there."""
+
     def offers(self) -> dict[str, tuple[float, int]]:
         """Returns the models that `leave` would move without ``before_s``, and those on their way off the card.
 
@@ -133,13 +136,22 @@ class Room:
         if time.monotonic() < self._busy_until_s:
             return None
         try:
-            return self._board.change(act)
+            result = self._board.change(act)
         except BoardBusy as error:
             self._busy_until_s = time.monotonic() + PAUSE_S
             if not self._warned:
                 self._warned = True
-                logger.warning("The queue for the card is not used: %s", error)
+                why: Sentence = error.args[0]
+                logger.warning(
+                    "The queue for the GPU cannot be used at the moment; requests go on without it (%s). "
+                    "If this stays, delete the file while no app runs. / "
+                    "暂时无法使用显卡队列，请求将在没有队列的情况下继续（%s）。"
+                    "若持续出现，请在没有应用运行时删除该文件。",
+                    why.en, why.zh,
+                )  # fmt: skip
             return None
+        self._warned = False
+        return result
 
     def tickets(self) -> Tickets:
         """Returns the tickets for a status, which does not wait for them: none while they are locked."""

@@ -30,6 +30,7 @@ class FakeNvml:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, processes: list) -> None:
         self.processes = processes
+        self.drawing: list = []
         self.divided = False  # the second card, into two instances (MIG)
         for name in [name for name in dir(self) if name.startswith("nvml")]:
             monkeypatch.setattr(pynvml, name, getattr(self, name))
@@ -73,6 +74,9 @@ class FakeNvml:
 
     def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> list:
         return self.processes
+
+    def nvmlDeviceGetGraphicsRunningProcesses(self, handle: str) -> list:
+        return self.drawing
 
 
 class Process:
@@ -225,6 +229,17 @@ def test_memory_is_what_the_driver_says_and_none_where_it_does_not_know(
     assert (memory.total_bytes, memory.free_bytes, memory.process_bytes) == (80 * GIB, 70 * GIB, own)
 
 
+def test_processes_that_draw_are_holders_too_and_those_that_do_both_are_listed_once(torch_version, monkeypatch) -> None:
+    nvml = FakeNvml(monkeypatch, [Process(11, GIB), Process(12, 2 * GIB)])
+    nvml.drawing = [Process(12, 2 * GIB), Process(13, None)]
+    torch_version("2.13.0+cu130")
+    device = CudaDevice.find()
+    assert device is not None
+    assert sorted(device.holders()) == [(11, GIB), (12, 2 * GIB), (13, None)]
+    nvml.processes = []
+    assert device.memory().process_bytes == 0, "a desktop that draws does not make it unknown"
+
+
 def test_a_driver_that_fails_later_makes_the_numbers_unknown(torch_version, monkeypatch) -> None:
     FakeNvml(monkeypatch, [])
     torch_version("2.13.0+cu130")
@@ -237,20 +252,25 @@ def test_a_driver_that_fails_later_makes_the_numbers_unknown(torch_version, monk
     assert device.memory().free_bytes is None
 
 
-def test_a_driver_that_lists_no_processes_still_knows_the_memory(torch_version, system, monkeypatch) -> None:
-    """As in WSL2 and on virtual GPUs."""
-    nvml = FakeNvml(monkeypatch, [])
+@pytest.mark.parametrize(
+    "error", [pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED), pynvml.NVMLLibraryMismatchError()], ids=repr
+)
+def test_a_driver_that_lists_no_processes_still_knows_the_memory(error, torch_version, system, monkeypatch) -> None:
+    """As in WSL2 and on virtual GPUs, or one that is older than pynvml expects."""
+    FakeNvml(monkeypatch, [Process(11, GIB)])
     torch_version("2.13.0+cu130")
     system([], None)
     device = CudaDevice.find()
     assert device is not None
 
     def unsupported(handle: str) -> None:
-        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        raise error
 
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetGraphicsRunningProcesses", unsupported)
+    assert device.holders() == ((11, GIB),)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", unsupported)
     assert device.memory() == Memory(80 * GIB, 70 * GIB, None)
-    assert nvml.processes == []
+    assert device.holders() == ()
 
 
 def test_tensors_on_another_gpu_than_the_managed_one_are_refused(torch_version, monkeypatch) -> None:

@@ -33,34 +33,35 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 server = Server((HOST, 0), Handler)
-runner = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)  # computes, and ends with us
-print(server.server_port, runner.pid, flush=True)
+# Two that compute, and end with us.
+runners = [subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) for _ in range(2)]
+print(server.server_port, *(runner.pid for runner in runners), flush=True)
 server.serve_forever()
 """
 
 
 @contextmanager
-def running(path: Path, answers: bool = True, host: str = "0.0.0.0") -> Iterator[tuple[int, int, int]]:
-    """Yields the pid of a server, its port, and the pid of its child."""
+def running(path: Path, answers: bool = True, host: str = "0.0.0.0") -> Iterator[tuple[int, int, int, int]]:
+    """Yields the pid of a server, its port, and the pids of its two children."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(SERVER.replace("ANSWERS", str(answers)).replace("HOST", repr(host)))
     with subprocess.Popen([sys.executable, path], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        port, runner = map(int, process.stdout.readline().split())
+        port, first, second = map(int, process.stdout.readline().split())
         try:
-            yield process.pid, port, runner
+            yield process.pid, port, first, second
         finally:
             process.kill()
 
 
 @pytest.fixture
-def ollama(tmp_path: Path) -> Iterator[tuple[int, int, int]]:
+def ollama(tmp_path: Path) -> Iterator[tuple[int, int, int, int]]:
     with running(tmp_path / "ollama" / "serve.py") as found:
         yield found
 
 
-def test_a_server_is_found_by_the_port_of_a_process_or_its_parent(ollama: tuple[int, int, int]) -> None:
-    pid, port, runner = ollama
+def test_a_server_is_found_by_the_port_of_a_process_or_its_parent(ollama: tuple[int, int, int, int]) -> None:
+    pid, port, runner, _ = ollama
     found = find([runner, pid, runner], own_pids=())
     server = neighbor("ollama", f"http://127.0.0.1:{port}")
     assert found == [(runner, server), (pid, server)]
@@ -71,27 +72,34 @@ def test_a_server_is_found_by_the_port_of_a_process_or_its_parent(ollama: tuple[
 def test_a_server_is_asked_at_the_address_on_which_it_listens(tmp_path: Path, host: str, reached: str) -> None:
     if ":" in host and not socket.has_dualstack_ipv6():
         pytest.skip("no IPv6")
-    with running(tmp_path / "ollama" / "serve.py", host=host) as (pid, port, _):
+    with running(tmp_path / "ollama" / "serve.py", host=host) as (pid, port, *_):
         assert find([pid], own_pids=()) == [(pid, neighbor("ollama", f"http://{reached}:{port}"))]
 
 
-def test_own_processes_and_their_children_are_left_out(ollama: tuple[int, int, int]) -> None:
-    pid, _, runner = ollama
+def test_own_processes_and_their_children_are_left_out(ollama: tuple[int, int, int, int]) -> None:
+    pid, _, runner, _ = ollama
     assert find([pid, runner], own_pids=[pid]) == []
     assert find([pid, runner], own_pids=[os.getpid()]) == []
 
 
+def test_a_server_that_has_started_an_own_process_is_left_out(ollama: tuple[int, int, int, int]) -> None:
+    """As llama-swap, which ends all that it has started."""
+    pid, _, runner, own = ollama
+    assert find([pid, runner], own_pids=[own]) == []
+    assert find([pid, runner], own_pids=[]) != []
+
+
 def test_a_command_line_of_no_known_kind_gets_no_request(tmp_path: Path) -> None:
-    with running(tmp_path / "other" / "serve.py") as (pid, _, runner):
+    with running(tmp_path / "other" / "serve.py") as (pid, _, runner, _):
         assert find([pid, runner], own_pids=()) == []
 
 
 def test_a_server_that_answers_otherwise_is_not_taken_for_the_kind(tmp_path: Path) -> None:
-    with running(tmp_path / "ollama" / "serve.py", answers=False) as (pid, _, runner):
+    with running(tmp_path / "ollama" / "serve.py", answers=False) as (pid, _, runner, _):
         assert find([pid, runner], own_pids=()) == []
 
 
-def test_processes_that_ended_are_left_out(ollama: tuple[int, int, int]) -> None:
+def test_processes_that_ended_are_left_out(ollama: tuple[int, int, int, int]) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     assert [pid for pid, _ in find([ended.pid, ollama[0]], own_pids=())] == [ollama[0]]

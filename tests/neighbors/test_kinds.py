@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 
 import pytest
 from recorded_server import Conversation, Reply, recorded
@@ -108,104 +110,16 @@ def test_vllm_is_in_use_while_an_engine_has_requests(running: float, waiting: fl
         assert neighbor("vllm", server.url).held() == Held(True, None)
 
 
+def test_vllm_whose_counts_are_no_numbers_is_not_taken_for_idle() -> None:
+    with recorded(vllm([False], running=float("nan"))) as server:
+        assert neighbor("vllm", server.url).held().in_use
+
+
 def test_vllm_without_counts_of_requests_is_not_taken_for_idle() -> None:
     replies = vllm([False])
     replies["GET /metrics"] = Reply("# no statistics\n")
     with recorded(replies) as server, pytest.raises(NeighborUnreachable):
         neighbor("vllm", server.url).held()
-
-
-class FakeSGLang:
-    """Ends, as the real one does, if it must release twice, resume twice, or release while it is not paused."""
-
-    def __init__(self) -> None:
-        self.paused = self.released = False
-        self.startup_time = {"total": 31.7}
-        self.running = self.waiting = 0
-
-    @property
-    def replies(self) -> Conversation:
-        return {
-            "GET /server_info": lambda: Reply(
-                {"model_path": "tiny", "enable_memory_saver": True, "random_seed": 7, "startup_time": self.startup_time}
-            ),
-            "GET /v1/loads?include=core": lambda: Reply(
-                {"loads": [{"dp_rank": 0, "num_running_reqs": self.running, "num_waiting_reqs": self.waiting}]}
-            ),
-            "POST /pause_generation": lambda: self.changed(paused=True),
-            "POST /continue_generation": lambda: self.changed(paused=False),
-            "POST /release_memory_occupation": lambda: self.changed(released=True),
-            "POST /resume_memory_occupation": lambda: self.changed(released=False),
-        }
-
-    def changed(self, **to: bool) -> Reply:
-        if "released" in to and (not self.paused or self.released == to["released"]):
-            return Reply({"error": {"message": "assertion failed"}}, 500)
-        vars(self).update(to)
-        return Reply()
-
-
-def test_sglang_is_paused_before_it_releases_and_continues_after_it_resumed() -> None:
-    sglang = FakeSGLang()
-    with recorded(sglang.replies) as server:
-        engine = neighbor("sglang", server.url)
-        assert engine.gives_back
-        assert engine.held() == Held(False, None)
-        engine.ask()
-        assert engine.held() == Held(False, 0)
-        engine.ask()
-        neighbor("sglang", server.url).give_back()  # another object for the same server
-        engine.give_back()
-        assert (sglang.paused, sglang.released) == (False, False)
-        assert [call for call in server.calls if call.startswith("POST")] == [
-            'POST /pause_generation {"mode": "retract"}',
-            "POST /release_memory_occupation {}",
-            "POST /resume_memory_occupation {}",
-            "POST /continue_generation {}",
-        ]
-        engine.ask()
-        assert sglang.released
-
-
-@pytest.mark.parametrize(("running", "waiting"), [(1, 0), (0, 2)])
-def test_sglang_is_in_use_while_it_has_requests(running: int, waiting: int) -> None:
-    sglang = FakeSGLang()
-    sglang.running, sglang.waiting = running, waiting
-    with recorded(sglang.replies) as server:
-        assert neighbor("sglang", server.url).held() == Held(True, None)
-
-
-def test_sglang_that_was_started_anew_is_not_resumed() -> None:
-    sglang = FakeSGLang()
-    with recorded(sglang.replies) as server:
-        engine = neighbor("sglang", server.url)
-        engine.ask()
-        sglang.paused = sglang.released = False
-        sglang.startup_time = {"total": 29.2}
-        assert engine.held() == Held(False, None)
-        engine.give_back()
-        assert not any("resume" in call for call in server.calls)
-
-
-def test_sglang_without_the_memory_saver_gives_up_nothing() -> None:
-    with recorded({"GET /server_info": Reply({"enable_memory_saver": False, "random_seed": 7})}) as server:
-        engine = neighbor("sglang", server.url)
-        assert engine.held() == Held(False, 0)
-        engine.ask()
-        engine.give_back()
-        assert set(server.calls) == {"GET /server_info"}
-
-
-def test_sglang_that_refuses_continues() -> None:
-    sglang = FakeSGLang()
-    replies = sglang.replies
-    replies["POST /release_memory_occupation"] = Reply({"error": {"message": "weight cache"}}, 400)
-    with recorded(replies) as server:
-        engine = neighbor("sglang", server.url)
-        with pytest.raises(NeighborRefused, match="weight cache"):
-            engine.ask()
-        assert not sglang.paused
-        assert engine.held() == Held(False, None)
 
 
 def events(*events: tuple[str, object]) -> Reply:
@@ -243,6 +157,19 @@ def test_llama_swap_is_in_use_while_requests_are_in_flight(state: str, in_flight
         assert swap.held() == Held(in_use, None, ("qwen",))
         swap.ask()
         assert server.calls[-1] == "POST /api/models/unload"
+
+
+def test_llama_swap_that_has_started_this_app_is_not_asked() -> None:
+    """It would end this app. The test is llama-swap here, and a child process the app."""
+    program = (
+        "import sys; from residency.errors import NeighborRefused; from residency.neighbors import neighbor\n"
+        "server = neighbor('llama-swap', sys.argv[1])\n"
+        "try: server.ask()\nexcept NeighborRefused as error: print(error.en)"
+    )
+    with recorded(llama_swap("ready", {"operation": "snapshot"})) as server:
+        app = subprocess.run([sys.executable, "-c", program, server.url], capture_output=True, text=True, check=True)
+        assert "it has started this app" in app.stdout
+        assert server.calls == []
 
 
 def test_llama_swap_without_servers_gives_up_nothing() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import socket
 import threading
 from collections.abc import Iterator
@@ -87,8 +89,9 @@ def test_a_stopped_server_costs_the_time_limit(kind: str, silent: str, monkeypat
         neighbor(kind, silent).held()
 
 
-def test_the_time_limit_is_that_of_the_whole_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each byte comes in time, but not all of them."""
+@pytest.mark.parametrize("head", [b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n", b"HTTP/1.1 200 OK\r\nA: ", b"HT"])
+def test_the_time_limit_is_that_of_the_whole_answer(head: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte comes in time, but not all of them: of the body, the headers, or the first line."""
     monkeypatch.setattr(server, "HELD_S", 0.3)
     over = threading.Event()
 
@@ -96,9 +99,12 @@ def test_the_time_limit_is_that_of_the_whole_answer(monkeypatch: pytest.MonkeyPa
         connection, _ = listener.accept()
         with connection:
             connection.recv(1 << 16)
-            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
-            while not over.wait(0.02):
-                connection.sendall(b" ")
+            connection.sendall(head)
+            with contextlib.suppress(OSError):  # the client has left
+                for _ in range(500):
+                    if over.wait(0.02):
+                        break
+                    connection.sendall(b" ")
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=drip, args=(listener,))
@@ -107,6 +113,29 @@ def test_the_time_limit_is_that_of_the_whole_answer(monkeypatch: pytest.MonkeyPa
             neighbor("ollama", f"http://127.0.0.1:{listener.getsockname()[1]}").held()
         over.set()
         thread.join()
+
+
+def test_an_answer_may_end_the_connection_before_it_is_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Python 3.13 does: the last bytes close it (https://github.com/python/cpython/issues/113199)."""
+    read1 = http.client.HTTPResponse.read1
+
+    def closes(self: http.client.HTTPResponse, n: int = -1) -> bytes:
+        part = read1(self, n)
+        if self.length == 0:
+            self.close()
+        return part
+
+    monkeypatch.setattr(http.client.HTTPResponse, "read1", closes)
+    with recorded(OLLAMA) as server:
+        assert neighbor("ollama", server.url).held() == Held(False, 5, ("tiny",))
+        assert server.headers["Connection"] == "close"
+
+
+@each_kind
+def test_an_answer_that_breaks_off_is_no_answer(kind: str) -> None:
+    whole = Reply("vllm:num_requests_running 0\n", headers={"Content-Length": "500"})
+    with recorded({}, whole) as server, pytest.raises(NeighborUnreachable, match="IncompleteRead"):
+        neighbor(kind, server.url).held()
 
 
 def test_no_http_at_all_is_unreachable() -> None:
@@ -186,6 +215,13 @@ def test_an_unknown_kind_lists_the_known_ones(kind: str) -> None:
 def test_a_flag_without_a_kind_lists_the_known_ones() -> None:
     with pytest.raises(InvalidInput, match=", ".join(KINDS)):
         parse("http://127.0.0.1:11434")
+
+
+@pytest.mark.parametrize("text", ["http://SECRET=@host:80", "http://me:SECRET=@host", "SECRET=@host:80", "SECRET="])
+def test_a_token_in_a_flag_without_a_kind_is_not_shown(text: str) -> None:
+    with pytest.raises(InvalidInput) as raised:
+        parse(text)
+    assert "secret" not in repr(raised.value).lower()
 
 
 @pytest.mark.parametrize(

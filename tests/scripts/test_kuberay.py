@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import ast
+import importlib
 import json
 import re
 import shlex
+import sys
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import yaml
@@ -42,18 +44,38 @@ def test_its_application_is_that_of_the_config_for_serve_deploy() -> None:
         assert options | {"num_gpus": 0} == alone | {"num_gpus": 0} | {k: options[k] for k in options.keys() - alone}
 
 
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module deploy.ray_serve, with stand-ins for Ray; scripts/test_cluster runs it with the real one."""
+    for name in ("ray", "ray.serve", "ray.serve.handle"):
+        monkeypatch.setitem(sys.modules, name, MagicMock())
+    module = importlib.import_module("deploy.ray_serve")
+    yield module
+    del sys.modules["deploy.ray_serve"]
+
+
 @pytest.mark.parametrize("config", [ALONE, SERVE], ids=["serve deploy", "KubeRay"])
-def test_deployments_and_flags_are_those_of_the_program(config: Any) -> None:
+def test_the_program_takes_its_arguments_and_has_its_deployments(config: Any, program: Any) -> None:
     (application,) = config["applications"]
     module, function = application["import_path"].split(":")
-    code = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
-    names = {each.name for each in code.body if isinstance(each, ast.ClassDef | ast.FunctionDef)}
-    assert names >= {function, *deployments(config)}
-    arguments = application["args"]
-    (fields,) = (each for each in code.body if isinstance(each, ast.ClassDef) and each.name == "Arguments")
-    assert set(arguments) == {one.target.id for one in fields.body if isinstance(one, ast.AnnAssign)}  # type: ignore[union-attr]
-    for flags in arguments["models"].values():
-        parse(shlex.split(f"{arguments['api']} {arguments['engine']} {flags} --enable-gpu-management"))
+    assert module == program.__name__
+    assert all(hasattr(program, name) for name in deployments(config))
+    getattr(program, function)(application["args"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"modles": {}}, "modles"),
+        ({"models": {}}, "models"),
+        ({"api": "--auth me:and-my-word"}, "--auth"),
+        ({"engine": "--gpu-keep-wram 30s"}, "--gpu-keep-wram"),
+        ({"models": {"tts": "--modle-path /models"}}, "models: tts"),
+    ],
+)
+def test_wrong_arguments_fail_at_serve_deploy(wrong: dict[str, Any], named: str, program: Any) -> None:
+    with pytest.raises(Exception, match=named):
+        program.build(wrong)
 
 
 def test_machines_with_a_gpu_come_and_go_and_replicas_fit_on_them() -> None:

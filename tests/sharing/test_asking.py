@@ -3,78 +3,32 @@
 from __future__ import annotations
 
 import concurrent.futures
-import itertools
-import json
-import threading
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
-import torch
-from local_server import serving
+from card_use import Weights
+from sleeping_server import Vllm, vllm
 
 from gpu_manager import GPUResourceManager, RequestTimeout, Sharing, SimulatedDevice, State
 from residency.errors import InvalidInput, NeighborUnreachable
+from residency.neighbors.ollama import Ollama
+from residency.sharing.board import Board
+from residency.sharing.tickets import PRESENCE, Ticket
 
 MB = 1 << 20
 CAPACITY = 100 * MB
 
 
-class Vllm:
-    """A server with vLLM's calls for sleep, which holds memory of a card while it is awake."""
-
-    pids = itertools.count(900_000_000)
-
-    def __init__(self, device: SimulatedDevice, nbytes: int) -> None:
-        self.device, self.nbytes, self.pid = device, nbytes, next(self.pids)
-        self.running, self.asleep, self.calls, self.url = 0, False, list[str](), ""
-        self.woken = threading.Event()
-        device.report_outside(self.pid, nbytes)
-
-    def answer(self, path: str) -> str:
-        if path == "/is_sleeping":
-            return json.dumps({"is_sleeping": self.asleep})
-        if path == "/metrics":
-            return f"vllm:num_requests_running {self.running}\nvllm:num_requests_waiting 0\n"
-        self.calls.append(path)
-        self.asleep = path == "/sleep"
-        self.device.report_outside(self.pid, 0 if self.asleep else self.nbytes)
-        if not self.asleep:
-            self.woken.set()
-        return ""
-
-
-@contextmanager
-def vllm(device: SimulatedDevice, nbytes: int) -> Iterator[Vllm]:
-    server = Vllm(device, nbytes)
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            answer = server.answer(self.path.partition("?")[0]).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(answer)))
-            self.end_headers()
-            self.wfile.write(answer)
-
-        do_POST = do_GET
-
-        def log_message(self, *_: object) -> None: ...
-
-    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.url = f"http://127.0.0.1:{listening.server_port}"
-    with serving(listening):
-        yield server
-
-
 @pytest.fixture
 def device() -> SimulatedDevice:
     return SimulatedDevice(CAPACITY)
-
-
-class Weights:
-    def __init__(self, nbytes: int) -> None:
-        self.weights = torch.arange(nbytes, dtype=torch.uint8)
 
 
 def managed(device: SimulatedDevice, *servers: Vllm, keep_warm: float = 0, headroom: int = 0) -> GPUResourceManager:
@@ -164,3 +118,95 @@ def test_it_is_asked_also_while_an_own_model_is_in_use(device: SimulatedDevice) 
         with manager.lease("asr"), concurrent.futures.ThreadPoolExecutor() as threads:
             threads.submit(lambda: manager.lease("tts", timeout=60).__enter__()).result(60)
         assert server.calls[:1] == ["/sleep"]
+
+
+def test_an_address_that_is_given_twice_is_one_server(device: SimulatedDevice) -> None:
+    with vllm(device, 80 * MB) as server:
+        addresses = (f"vllm={server.url}", f"vllm={server.url.replace('127.0.0.1', 'localhost')}")
+        with GPUResourceManager(device, sharing=Sharing(neighbors=addresses)) as manager:
+            for neighbor in manager.status()["sharing"]["neighbors"]:  # type: ignore[index]
+                manager.ask_neighbor(neighbor["url"])
+            assert server.calls == ["/sleep"]
+        assert server.calls == ["/sleep", "/wake_up"]
+
+
+def test_an_app_wakes_only_what_it_has_put_to_sleep(device: SimulatedDevice) -> None:
+    with vllm(device, 80 * MB) as server, managed(device, server) as first:
+        first.ask_neighbor(server.url)
+        with managed(device, server) as second:
+            second.ask_neighbor(server.url)
+        assert server.calls == ["/sleep"]
+    assert server.calls == ["/sleep", "/wake_up"]
+
+
+def test_a_neighbour_with_an_unexpected_error_does_not_keep_the_next_from_being_asked(
+    device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Ollama, "held", lambda _: int("5 GB"))
+    with vllm(device, 80 * MB) as server:
+        sharing = Sharing(neighbors=("ollama=http://127.0.0.1:1", f"vllm={server.url}"))
+        with GPUResourceManager(device, sharing=sharing) as manager:
+            manager.register("tts", lambda: Weights(60 * MB), size_bytes=60 * MB)
+            with manager.lease("tts"):
+                first, second = manager.status()["sharing"]["neighbors"]  # type: ignore[index]
+    assert "5 GB" in (first["answer"] or "")
+    assert second["asked_ago_s"] is not None
+    assert len([record for record in caplog.records if "5 GB" in record.getMessage()]) == 1
+
+
+OLLAMA = """
+import http.server, os
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"models": [{"name": "tiny", "size_vram": 5}]}')
+
+    def log_message(self, *_): ...
+
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+print(os.getpid(), server.server_port, flush=True)
+server.serve_forever()
+"""
+
+
+@contextmanager
+def ollama(path: Path, orphan: bool = True) -> Iterator[tuple[int, str]]:
+    """Yields pid and address of a server with Ollama's calls, which is no child of this process if ``orphan``."""
+    path.parent.mkdir(parents=True)
+    path.write_text(OLLAMA)
+    start = "import subprocess, sys; subprocess.Popen(sys.argv[1:])"
+    command = [sys.executable, "-c", start, sys.executable, str(path)] if orphan else [sys.executable, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        pid, port = map(int, process.stdout.readline().split())
+        try:
+            if orphan:
+                process.wait()
+            yield pid, f"http://127.0.0.1:{port}"
+        finally:
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_auto_finds_servers_but_not_those_of_this_app_and_of_other_apps(
+    device: SimulatedDevice, tmp_path: Path
+) -> None:
+    with (
+        ollama(tmp_path / "1" / "ollama.py") as (pid, url),
+        ollama(tmp_path / "2" / "ollama.py") as (peer, _),
+        ollama(tmp_path / "3" / "ollama.py", orphan=False) as (own, _),
+    ):
+        for each in (own, peer, pid):
+            device.report_outside(each, 30 * MB)
+        now_s, board = time.monotonic(), Board(tmp_path, device.identity)
+        board.change(lambda _: ((Ticket(f"{PRESENCE}peer", "", peer, now_s, 0, now_s + 4, True),), None))
+        sharing = Sharing(neighbors=("auto",), folder=tmp_path)
+        with GPUResourceManager(device, sharing=sharing) as manager:
+            manager.register("tts", lambda: Weights(60 * MB), size_bytes=60 * MB)
+            with pytest.raises(RequestTimeout), manager.lease("tts", timeout=1):
+                pass
+            assert manager._share is not None
+            found = manager._share.asking
+            found._find()  # the request may have ended before
+            assert [(each["pid"], each["url"]) for each in found.status()] == [(pid, url)]

@@ -424,7 +424,7 @@ def test_without_the_queue_requests_are_served_all_the_same(
     with closing(sqlite3.connect(board.path)) as frozen:
         frozen.execute("begin exclusive")
         use(manager)
-    assert "The queue for the card is not used" in caplog.text
+    assert "The queue for the GPU cannot be used at the moment" in caplog.text
     board.path.write_text("no database at all, and longer than the header of one " * 10)
     manager.offload()
     use(manager)

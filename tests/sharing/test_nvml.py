@@ -5,6 +5,7 @@ The other processes are real ones.
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Iterator
@@ -12,13 +13,15 @@ from pathlib import Path
 
 import pynvml
 import pytest
-from card_use import Weights, until, use
+from card_use import Weights, looks, until, use
 from nvml_of_card import CardByNvml, NvmlOfCard
 from shared_card import MB, OnCard, service
 
 from gpu_manager import GPUResourceManager, RequestTimeout, Sharing, SimulatedDevice, State
+from residency.scheduling import leaving
 from residency.sharing.board import Board
 from residency.status_types import SharingStatus
+from residency.workers.isolation import IsolationMode
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs a card shared by processes (Linux)")
 
@@ -150,3 +153,37 @@ def test_without_the_list_of_processes_the_headroom_counts(
     watches(manager, tmp_path)
     assert stranger.do("grow", 35 * MB)
     assert manager.wait_for("tts", State.HOST, 60)
+
+
+def test_a_model_leaves_for_a_program_that_only_draws(
+    manager: GPUResourceManager, nvml: NvmlOfCard, stranger: OnCard, tmp_path: Path
+) -> None:
+    """Such as a game, which computes nothing by CUDA."""
+    nvml.draw.add(stranger.pid)
+    use(manager)
+    watches(manager, tmp_path)
+    assert stranger.do("grow", 35 * MB)
+    assert manager.wait_for("tts", State.HOST, 60)
+    last = shared(manager)["last_yield"]
+    assert last is not None
+    assert last["pid"] == stranger.pid
+    assert [holder["pid"] for holder in shared(manager)["holders"]] == [stranger.pid]
+
+
+@pytest.mark.parametrize("isolation", ["none", "process"])
+def test_an_app_that_is_alone_on_the_card_does_not_leave_for_itself(
+    isolation: IsolationMode, nvml: NvmlOfCard, card: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a container, the driver lists it by a pid of the host."""
+    monkeypatch.setattr(leaving, "LONGEST_STAY_S", 0.0)
+    nvml.number = lambda pid: pid + (1 << 30)
+    sharing, device = Sharing(headroom_bytes=50 * MB, folder=tmp_path), CardByNvml(CAPACITY, card)
+    with GPUResourceManager(device, keep_warm=600, sharing=sharing, isolation=isolation) as manager:
+        for name, nbytes in (("tts", 50 * MB), ("asr", 10 * MB)):
+            manager.register(name, functools.partial(Weights, nbytes), size_bytes=nbytes)
+            use(manager, name)
+        looks(Board(tmp_path, manager.device.identity), 3)
+        assert [each["state"] for each in manager.status()["models"].values()] == ["gpu", "gpu"]
+        with service(card, CAPACITY) as stranger:
+            assert stranger.do("grow", MB)
+            assert manager.wait_for("tts", State.HOST, 60), "now there is another one"

@@ -21,7 +21,8 @@ class NvmlOfCard:
     """Replaces the functions of pynvml.
 
     ``fails``: the error code of a function by its name. ``sizes``: whether the driver tells how much a process holds.
-    ``number``: the pid under which the driver lists a process, as in a container that of the host.
+    ``number``: the pid under which the driver lists a process, as in a container that of the host. ``draw``: the pids
+    of programs that only draw.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, books: SimulatedDevice, uuid: str) -> None:
@@ -29,6 +30,7 @@ class NvmlOfCard:
         self.fails: dict[str, int] = {}
         self.sizes = True
         self.number: Callable[[int], int] = lambda pid: pid
+        self.draw = set[int]()
         for name in ("nvmlDeviceGetPowerUsage", "nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetMigMode"):
             self.fails[name] = pynvml.NVML_ERROR_NOT_SUPPORTED
         answers: dict[str, Callable[..., Any]] = {
@@ -37,7 +39,8 @@ class NvmlOfCard:
             "nvmlDeviceGetName": lambda handle: "Card of the test",
             "nvmlDeviceGetUUID": lambda handle: self._uuid,
             "nvmlDeviceGetMemoryInfo": self._memory,
-            "nvmlDeviceGetComputeRunningProcesses": self._processes,
+            "nvmlDeviceGetComputeRunningProcesses": lambda handle: self._processes(draws=False),
+            "nvmlDeviceGetGraphicsRunningProcesses": lambda handle: self._processes(draws=True),
         }
         for name in {*answers, *self.fails}:
             monkeypatch.setattr(pynvml, name, self._call(name, answers.get(name)))
@@ -56,8 +59,12 @@ class NvmlOfCard:
         total, free = memory.total_bytes or 0, memory.free_bytes or 0
         return pynvml.c_nvmlMemory_t(total=total, free=free, used=total - free)
 
-    def _processes(self, handle: str) -> list[Process]:
-        return [Process(self.number(pid), nbytes if self.sizes else None) for pid, nbytes in self._books.holders()]
+    def _processes(self, draws: bool) -> list[Process]:
+        return [
+            Process(self.number(pid), nbytes if self.sizes else None)
+            for pid, nbytes in self._books.holders()
+            if (pid in self.draw) is draws
+        ]
 
 
 class CardByNvml(SimulatedDevice):

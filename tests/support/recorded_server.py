@@ -60,7 +60,7 @@ class RecordedServer:
         found = self.replies.get(call, self.unknown)
         reply = found if isinstance(found, Reply) else found()
         handler.send_response(reply.status)
-        for name, value in {"Content-Length": str(len(reply.data)), **reply.headers}.items():
+        for name, value in {"Content-Length": str(len(reply.data)), "Connection": "close", **reply.headers}.items():
             if value:
                 handler.send_header(name, value)
         handler.end_headers()

@@ -32,7 +32,7 @@ from starlette.testclient import TestClient
 
 from residency.errors import InvalidInput, RequestStopped, WorkerEnded
 from residency.sentences import Sentence
-from residency.web.api import streamed
+from residency.web.api import streamed, turns
 from residency.web.speech import task_names, voices
 from residency.web.speech.voices import VoicesUnreadable
 from tts_gpu_managed import ask
@@ -598,6 +598,39 @@ class TestWordsOfErrors:
         ):  # fmt: skip
             assert (refused.status_code, error(refused)["code"]) == (503, "voices_unavailable")
             assert int(refused.headers["retry-after"]) >= 1
+
+    def test_a_slow_store_delays_no_voice_that_ships(
+        self, served: Served, recording: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked, answers = threading.Semaphore(0), threading.Event()
+
+        def slow() -> Any:
+            asked.release()
+            assert answers.wait(60)
+            return iter(())
+
+        monkeypatch.setattr(served.voices, "_stored", slow)
+        monkeypatch.setattr(turns, "_BODY_WITHIN_S", 0.01)
+
+        async def ask() -> None:
+            transport = httpx.ASGITransport(served.app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:7860") as client:
+                body = {"input": "Hello.", "response_format": "wav"}
+                waiting = [client.get("/v1/audio/voices"), client.delete("/v1/audio/voices/Ada")]
+                waiting += [client.post("/v1/audio/speech", json={**body, "voice": "Ada"}) for _ in range(4)]
+                tasks = [asyncio.ensure_future(each) for each in waiting]
+                try:
+                    for _ in range(4):
+                        assert await asyncio.to_thread(asked.acquire, timeout=60)
+                    audio = base64.b64encode(Path(recording).read_bytes()).decode()
+                    for voice in ({"voice": "HIGH"}, {"ref_audio": audio, "ref_text": "words"}):
+                        spoken = client.post("/v1/audio/speech", json={**body, **voice})
+                        assert (await asyncio.wait_for(spoken, 60)).status_code == 200
+                finally:
+                    answers.set()
+                    await asyncio.gather(*tasks)
+
+        asyncio.run(ask())
 
     def test_errors_repeat_the_begin_of_a_long_value_only(self, served: Served, recording: str) -> None:
         audio, long = base64.b64encode(Path(recording).read_bytes()).decode(), "x" * 100_000

@@ -137,12 +137,12 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, recording: str) -> None
         store.add("Ada", "words", recording)
 
 
-@pytest.mark.parametrize("limit", ["_MOST_BYTES", "_MOST_VOICES"])
+@pytest.mark.parametrize("limit", ["MOST_BYTES", "_MOST_VOICES"])
 def test_no_more_are_stored_than_the_limits(
     store: VoiceStore, recording: str, monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
     size = 44 + 2 * soundfile.info(recording).frames
-    monkeypatch.setattr(module, limit, 2 * size if limit == "_MOST_BYTES" else 2)
+    monkeypatch.setattr(module, limit, 2 * size if limit == "MOST_BYTES" else 2)
     store.add("Ada", "words", recording)
     store.add("Bob", "words", recording)
     with pytest.raises(VoicesFull, match="delete some"):

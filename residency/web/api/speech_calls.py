@@ -23,7 +23,7 @@ from ..speech.encoding import MEDIA_TYPES, Encoder
 from ..speech.recordings import Recordings
 from ..speech.service import SpeechService
 from ..speech.speaking import Speaker, SpeechRequest, most_bytes
-from ..speech.voices import UnknownVoice, Voice
+from ..speech.voices import UnknownVoice, Voice, sample_of
 from .bodies import Upload, is_form, keep_forms_in, read_json, read_upload
 from .openai_errors import BadRequest, ChangeNotAllowed, check_model, check_task, naming, refusal
 from .openai_route import OpenAiRoute, either_body, form_body, json_body, refusals, streamed
@@ -63,6 +63,7 @@ class SpeechCalls:
         slots: limit of requests that wait or run, from the end of their bodies on.
         watching: calls a function with each lease that a request enters; see `GPUResourceManager.watching`.
         keep_alive: returns the seconds of a ``keep_alive``, which has an effect only with a manager.
+        readers, store_readers: limits of threads, of those that may wait for the store of the voices and of others.
     """
 
     service: SpeechService
@@ -75,6 +76,7 @@ class SpeechCalls:
     keep_alive: Callable[[float | str], float]
     others: Mapping[str, Speaker] = field(default_factory=dict)
     readers: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(4))
+    store_readers: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(4))
     turns: Turns = field(default_factory=Turns)
 
     def __post_init__(self) -> None:
@@ -125,17 +127,19 @@ class SpeechCalls:
             turn = held.enter_context(self.turns.taken(network(request)))
             body, upload = await self._read_speech(request, held)
             held.enter_context(self.slots.taken())
-            turn.received()
             check_model(body.model, (self.model, *self.others, *OF_OPENAI))
             speaker = self.others.get(body.model or "", self.speaker)
             keep_warm_s = self._keep_warm(request, body.keep_alive)
             words = None if upload is None else self._words("ref_text", body.ref_text)
+            voice = _name(body) if upload is None else None
+            if ships := voice is None or sample_of(voice) is not None:
+                turn.received()
             ask = partial(
-                speaker.checked, body.input, _name(body) if upload is None else None, body.response_format,
-                body.speed, body.instructions, keep_warm_s,
-            )  # fmt: skip
+                speaker.checked, body.input, voice, body.response_format, body.speed, body.instructions, keep_warm_s
+            )
             with naming(recording="voice"):
-                asked = await to_thread.run_sync(ask, limiter=self.readers)
+                asked = await to_thread.run_sync(ask, limiter=self.readers if ships else self.store_readers)
+            turn.received()  # only now, if the store of the voices was asked: it may be slow, as a body may
             if upload is None:
                 work: Work = naming(recording="voice")(partial(speaker.speak, asked))
             else:
@@ -240,7 +244,7 @@ class SpeechCalls:
     async def voices(self, request: Request) -> JSONResponse:
         """The voices that `voice` may name."""
         self.keys.check(request)
-        voices = await to_thread.run_sync(self.speaker.voices.all, limiter=self.readers)
+        voices = await to_thread.run_sync(self.speaker.voices.all, limiter=self.store_readers)
         return JSONResponse({"voices": [_facts(voice).model_dump() for voice in voices]})
 
     async def add_voice(self, request: Request) -> Response:
@@ -268,7 +272,7 @@ class SpeechCalls:
         self._check_change(request)
         try:
             voice = await to_thread.run_sync(
-                self.speaker.voices.remove, request.path_params["name"], limiter=self.readers
+                self.speaker.voices.remove, request.path_params["name"], limiter=self.store_readers
             )
         except UnknownVoice as error:
             unknown = refusal(error)

@@ -12,8 +12,8 @@ from typing import Any
 from ..speech.service import RECOGNIZER
 
 _BODY_WITHIN_S = 2.0
-"""Longest wait of later requests for an earlier one's body. Short, because behind some proxies all clients share one
-address."""
+"""Longest wait of later requests for an earlier one's body and stored voice. Short, because behind some proxies all
+clients share one address."""
 
 
 class Turns:
@@ -46,7 +46,7 @@ class Turn:
         self._counts_until_s = turns.now() + _BODY_WITHIN_S
 
     def received(self) -> None:
-        """The whole body has arrived: from now on later requests wait until this one is in its queue, or has ended."""
+        """The body and the stored voice are here: later requests now wait until this one is queued, or has ended."""
         self._counts_until_s = math.inf
 
     def joins(self, lease: Any) -> None:

@@ -11,15 +11,17 @@ import threading
 import time
 import unicodedata
 import wave
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
 
 from ...errors import InvalidInput, ResidencyError, about
+from ...sentences import Sentence
 from ...units import readable_bytes
 from .recordings import DISK_IS_FULL, UNDER_WAY
 from .sample_voices import FOLDER, VOICES
@@ -28,7 +30,7 @@ RECORDING, FACTS = "recording.wav", "voice.json"
 """Files of a stored voice."""
 _HIDDEN = "."
 """First character of the names of folders that are being written or deleted."""
-_MOST_VOICES, _MOST_BYTES = 1000, 2_000_000_000
+_MOST_VOICES, MOST_BYTES = 1000, 2_000_000_000
 _NAMED = 20
 """Maximum of voices that an error names."""
 _LONGEST_NAME, _LONGEST_NAME_BYTES = 64, 200
@@ -84,17 +86,23 @@ class VoiceNotStored(ResidencyError):
     @classmethod
     def of(cls, folder: str, error: Exception) -> VoiceNotStored:
         is_full = isinstance(error, OSError) and error.errno in DISK_IS_FULL
-        return cls(folder, getattr(error, "strerror", None) or str(error), is_full)
+        return cls(folder, reason(error), is_full)
+
+
+def reason(error: Exception) -> str:
+    """Returns a text for an error of a disk or an object store."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 class VoicesUnreadable(ResidencyError):
-    """The object store of the voices does not answer."""
+    """The object store of the voices does not answer, or has no such bucket. ``reason`` may be a `Sentence`."""
 
     def __init__(self, url: str, reason: str) -> None:
+        why = Sentence.of(reason)
         super().__init__(
-            f"The stored voices in {url} cannot be read ({reason}): check that the app can reach them, and try again. "
+            f"The stored voices in {url} cannot be read ({why.en}): check that the app can reach them, and try again. "
             f"The voices {' and '.join(VOICES)} can be used meanwhile.",
-            f"无法读取 {url} 中保存的声音（{reason}）：请检查应用能否访问该处，然后重试。"
+            f"无法读取 {url} 中保存的声音（{why.zh}）：请检查应用能否访问该处，然后重试。"
             f"其间可使用声音 {'、'.join(VOICES)}。",
             url,
             reason,
@@ -104,10 +112,8 @@ class VoicesUnreadable(ResidencyError):
 class VoicesFull(ResidencyError):
     """As many voices are stored as the app keeps, or as many bytes."""
 
-    en = (
-        f"{_MOST_VOICES:,} voices, or {readable_bytes(_MOST_BYTES)}, are stored, which is the limit: delete some first."
-    )
-    zh = f"保存的声音已达上限（{_MOST_VOICES} 个或 {readable_bytes(_MOST_BYTES)}）：请先删除不需要的声音。"
+    en = f"{_MOST_VOICES:,} voices, or {readable_bytes(MOST_BYTES)}, are stored, which is the limit: delete some first."
+    zh = f"保存的声音已达上限（{_MOST_VOICES} 个或 {readable_bytes(MOST_BYTES)}）：请先删除不需要的声音。"
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,7 @@ class Voice:
     Attributes:
         name: identifies it, without regard to case.
         text: the words that are said in the recording.
-        recording: path of an audio file that engines read.
+        recording: path of an audio file that engines read; empty if the voice is in an object store, and not by `get`.
         stored: False for the voices that ship with the app, which cannot be deleted.
         created: seconds since 1970; 0 for those that ship.
     """
@@ -143,15 +149,12 @@ class VoiceStore:
 
     def all(self) -> list[Voice]:
         """Returns all voices: those that ship, then the stored ones by name."""
-        return [*_samples(), *sorted(filter(None, map(_read, self._stored())), key=lambda voice: voice.name.casefold())]
+        return [*_samples(), *sorted(self._voices(), key=lambda voice: voice.name.casefold())]
 
     def get(self, name: str) -> Voice:
         """Returns a voice; raises `UnknownVoice`."""
-        wanted = _key(name)
-        if of_sample := [voice for voice in _samples() if _key(voice.name) == wanted]:  # needs no store
-            return of_sample[0]
-        stored = (_read(folder) for folder in self._stored() if _key(folder.name) == wanted)
-        if (voice := next(filter(None, stored), None)) is None:
+        voice = sample_of(name) or self._found(name)
+        if voice is None:
             raise UnknownVoice(name[:_LONGEST_NAME], self._names())
         return voice
 
@@ -168,53 +171,37 @@ class VoiceStore:
         with self._lock:
             self.checked_new(name)
             try:
-                sizes = [os.path.getsize(folder / RECORDING) for folder in self._stored()]
-                if len(sizes) >= _MOST_VOICES or sum(sizes) + 2 * soundfile.info(recording).frames > _MOST_BYTES:
+                sizes = self._sizes()
+                if len(sizes) >= _MOST_VOICES or sum(sizes) + 2 * soundfile.info(recording).frames > MOST_BYTES:
                     raise VoicesFull
                 self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                unfinished = tempfile.mkdtemp(prefix=f"{_HIDDEN}new-", dir=self._folder)
-                try:
+                with tempfile.TemporaryDirectory(
+                    prefix=f"{_HIDDEN}new-", dir=self._folder, ignore_cleanup_errors=True
+                ) as unfinished:
                     _write_wav(recording, os.path.join(unfinished, RECORDING))
-                    facts = {"name": name, "text": text, "created": created}
-                    Path(unfinished, FACTS).write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
-                    os.rename(unfinished, self._folder / name)
-                except BaseException:
-                    shutil.rmtree(unfinished, ignore_errors=True)
-                    raise
+                    stored = self._keep(Path(unfinished), {"name": name, "text": text, "created": created})
             except OSError as error:
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and self._folder.is_dir():
                     raise VoiceExists(name) from None  # another app stored it meanwhile
                 raise VoiceNotStored.of(str(self._folder), error) from error
-        return Voice(name, text, str(self._folder / name / RECORDING), True, created)
+        return Voice(name, text, stored, True, created)
 
     def checked_new(self, name: str) -> str:
         """Returns the normal form of a new voice's name; raises `InvalidInput` and `VoiceExists`."""
         name = checked_name(name)
-        if any(_key(other) == _key(name) for other in self._names()):
+        if any(key(other) == key(name) for other in self._names()):
             raise VoiceExists(name)
         return name
 
     def remove(self, name: str) -> Voice:
         """Deletes a stored voice and returns it; raises `UnknownVoice`, and `InvalidInput` for one that ships."""
+        if sample := sample_of(name):
+            raise InvalidInput(
+                f"The voice {sample.name!r} ships with the app and cannot be deleted",
+                f"声音 {sample.name!r} 随应用提供，无法删除",
+            )
         with self._lock:
-            voice = self.get(name)
-            if not voice.stored:
-                raise InvalidInput(
-                    f"The voice {voice.name!r} ships with the app and cannot be deleted",
-                    f"声音 {voice.name!r} 随应用提供，无法删除",
-                )
-            folder = Path(voice.recording).parent
-            try:
-                doomed = tempfile.mkdtemp(prefix=f"{_HIDDEN}gone-", dir=self._folder)
-                try:
-                    os.rename(folder, doomed)
-                finally:
-                    shutil.rmtree(doomed, ignore_errors=True)  # the rest of a voice is no voice: see `sweep`
-            except FileNotFoundError:  # another app deleted it meanwhile
-                raise UnknownVoice(name, self._names()) from None
-            except OSError as error:
-                raise VoiceNotStored.of(str(self._folder), error) from error
-        return voice
+            return self._delete(name)
 
     @contextmanager
     def copied(self, voice: Voice, folder: str | Path) -> Iterator[str]:
@@ -242,6 +229,39 @@ class VoiceStore:
     def _names(self) -> tuple[str, ...]:
         return (*VOICES, *sorted((folder.name for folder in self._stored()), key=str.casefold))
 
+    def _voices(self) -> Iterable[Voice]:
+        return filter(None, map(_read, self._stored()))
+
+    def _found(self, name: str) -> Voice | None:
+        """Returns a stored voice; None if there is none."""
+        found = (_read(folder) for folder in self._stored() if key(folder.name) == key(name))
+        return next(filter(None, found), None)
+
+    def _sizes(self) -> list[int]:
+        """Returns the bytes of each stored voice."""
+        return [os.path.getsize(folder / RECORDING) for folder in self._stored()]
+
+    def _keep(self, unfinished: Path, facts: Mapping[str, Any]) -> str:
+        """Stores the recording of a folder; returns the path of the stored one. May move the folder."""
+        Path(unfinished, FACTS).write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
+        folder = self._folder / facts["name"]
+        os.rename(unfinished, folder)
+        return str(folder / RECORDING)
+
+    def _delete(self, name: str) -> Voice:
+        voice = self.get(name)
+        try:
+            doomed = tempfile.mkdtemp(prefix=f"{_HIDDEN}gone-", dir=self._folder)
+            try:
+                os.rename(Path(voice.recording).parent, doomed)
+            finally:
+                shutil.rmtree(doomed, ignore_errors=True)  # the rest of a voice is no voice: see `sweep`
+        except FileNotFoundError:  # another app deleted it meanwhile
+            raise UnknownVoice(name, self._names()) from None
+        except OSError as error:
+            raise VoiceNotStored.of(str(self._folder), error) from error
+        return voice
+
     def _stored(self) -> Iterator[Path]:
         """Yields the folders of the stored voices."""
         with suppress(OSError):  # no folder: no voices
@@ -254,13 +274,25 @@ def _samples() -> list[Voice]:
     return [Voice(name, sample.says, str(FOLDER / sample.file), False, 0) for name, sample in VOICES.items()]
 
 
+def sample_of(name: str) -> Voice | None:
+    """Returns a voice that ships with the app, without reading files; None if none has this name."""
+    return next((voice for voice in _samples() if key(voice.name) == key(name)), None)
+
+
 def _read(folder: Path) -> Voice | None:
     """Returns a stored voice; None if it is none, or was deleted meanwhile."""
     try:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        return Voice(folder.name, str(facts["text"]), str(folder / RECORDING), True, int(facts["created"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        return voice_of(facts, folder.name, str(folder / RECORDING))
+    except Exception:  # whatever is wrong with it
         return None
+
+
+def voice_of(facts: Mapping[str, Any], name: str, recording: str) -> Voice:
+    """Returns the stored voice of its facts; raises an exception of any kind if they are none."""
+    text = str(facts["text"])
+    text.encode()  # raises for what JSON cannot have in an answer
+    return Voice(name, text, recording, True, int(facts["created"]))
 
 
 def checked_name(name: str | None) -> str:
@@ -287,7 +319,8 @@ def _is_letter(character: str) -> bool:
     return unicodedata.category(character)[0] in "LMN"
 
 
-def _key(name: str) -> str:
+def key(name: str) -> str:
+    """Returns what is equal for two spellings of one voice's name."""
     return unicodedata.normalize("NFC", " ".join(name.split())).casefold()
 
 
