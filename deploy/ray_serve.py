@@ -6,6 +6,7 @@ Composition root: flags -> replicas with one managed engine each -> the FastAPI 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import shlex
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+FAULT_PAUSE_S = 1.0
+"""How long a call takes at least that fails by its machine: it keeps its place, so that others get more calls."""
+
 CLOSED_WITHIN_S = 30.0
 """Maximum duration of moves at the end of a replica, whose calls have ended before."""
 
@@ -42,7 +46,7 @@ class Arguments(BaseModel):
         models: those of each engine, by the name that requests give as ``model``; the first one is the default.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)  # keys of the API
 
     api: str = ""
     engine: str = ""
@@ -72,9 +76,11 @@ class Engine:
 
         try:
             replica = await self._replica(serve.get_multiplexed_model_id() or next(iter(self._models)))
+            answered = await replica.call(asked, recording)
         except Exception as error:
-            return failed(error)
-        answered = await replica.call(asked, recording)
+            answered = failed(error)
+        if answered.elsewhere:
+            await asyncio.sleep(FAULT_PAUSE_S)
         if self._manager.device_lost:
             # All calls would fail at once, so that Serve would send most calls here. Ray starts another process.
             logger.error("This replica ends: %s", self._manager.device_lost)

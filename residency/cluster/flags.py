@@ -27,8 +27,12 @@ def parsed(*lines: str, files_here: bool = True) -> Settings:
     """Returns the settings of flags; raises `InvalidInput`, whose text has no value of a flag that is unknown."""
     printed = io.StringIO()
     try:
+        words = [word for line in lines for word in shlex.split(line)]
+    except ValueError as error:
+        raise InvalidInput(f"Wrong flags: {error}", f"参数错误：{error}") from None
+    try:
         with contextlib.redirect_stderr(printed):
-            return parse([word for line in lines for word in shlex.split(line)], files_here=files_here)
+            return parse(words, files_here=files_here)
     except SystemExit:
         reason = printed.getvalue().rpartition("error: ")[2].strip()
         if reason.startswith("unrecognized arguments"):  # with their values, which may be secret

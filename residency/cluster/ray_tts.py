@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 5
-"""Maximum number of replicas that are asked for one call if each ends during it, or its device or its worker fails."""
+"""Maximum number of replicas that are asked for one call if each ends during it, or its machine or worker fails."""
 
 KEPT_BYTES = 256 << 20
 """Maximum size of the recordings that stay in Ray's object store for further calls."""
@@ -169,6 +169,7 @@ class RayTTS:
         while True:
             checkpoint()
             failure: BaseException
+            elsewhere = False
             try:
                 answered = self._answer(asked, path, until_s)
             except (RequestCancelledError, RayTaskError):  # of this request, or of the code there
@@ -181,11 +182,13 @@ class RayTTS:
                 if answered.samples is not None:
                     return torch.from_numpy(answered.samples.copy())[None], answered.sample_rate
                 assert answered.error is not None
-                failure = rebuilt(answered.error, cloudpickle.loads)
-                if not isinstance(failure, DeviceLost | WorkerEnded | ManagerClosed):
+                failure, elsewhere = rebuilt(answered.error, cloudpickle.loads), answered.elsewhere
+                if not elsewhere and not isinstance(failure, DeviceLost | WorkerEnded | ManagerClosed):
                     raise failure
-            ended += isinstance(failure, ActorDiedError | DeviceLost | WorkerEnded | ManagerClosed)
+            ended += elsewhere or isinstance(failure, ActorDiedError | DeviceLost | WorkerEnded | ManagerClosed)
             if ended == ATTEMPTS:
+                if elsewhere:
+                    raise failure
                 raise ReplicasEnded(self.model) from failure
             if time.monotonic() + pause_s > until_s:
                 raise NoReplica from failure

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ..cancellation import Cancellation, cancelled_by
 from ..contracts import Engine
-from ..errors import NotReady
+from ..errors import EngineUnavailable, NotReady
 from ..remote_errors import ErrorRecord, recorded
 
 
@@ -34,16 +34,22 @@ class Asked:
 
 @dataclass(frozen=True)
 class Answered:
-    """The result of a call: float32 samples, and Hz; or its error."""
+    """The result of a call: float32 samples, and Hz; or its error.
+
+    ``elsewhere``: the cause of the error is on this machine (a full disk, no files of the model), so that another
+    replica may answer.
+    """
 
     samples: NDArray[np.float32] | None = None
     sample_rate: int = 0
     error: ErrorRecord | None = None
+    elsewhere: bool = False
 
 
 def failed(error: Exception) -> Answered:
     """Returns the answer of a call that has raised an error."""
-    return Answered(error=recorded(error, cloudpickle.dumps))
+    local = isinstance(error, EngineUnavailable | ImportError | OSError) and not isinstance(error, TimeoutError)
+    return Answered(error=recorded(error, cloudpickle.dumps), elsewhere=local)
 
 
 @dataclass(eq=False, repr=False)

@@ -31,6 +31,7 @@ def test_flags_that_have_an_effect_are_accepted(line: str, effective: frozenset[
         ("--api-kye=0123456789abcdef --max-text 5", API, "--api-kye"),
         ("--api-kye 0123456789abcdef", API, "--api-kye"),
         ("--max-text many", API, "--max-text"),
+        ("--api-key '0123456789abcdef", API, "No closing quotation"),
     ],
 )
 def test_others_are_named_without_their_values(line: str, effective: frozenset[str], named: str) -> None:

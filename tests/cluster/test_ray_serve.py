@@ -247,6 +247,49 @@ def test_a_replica_whose_device_is_lost_is_replaced_and_its_request_answered(
     assert mark.exists()
 
 
+def test_a_machine_at_fault_does_not_fail_the_requests_of_others(deployed: Deployed, tmp_path: Path) -> None:
+    from ray import cloudpickle
+
+    from deploy.ray_serve import Engine
+
+    first, failed = tmp_path / "first", tmp_path / "failed"
+
+    class SecondFails(Engine.func_or_class):  # type: ignore[misc, name-defined]
+        async def call(self, asked: object, recording: object) -> object:
+            if first.exists() and first.read_text() != str(os.getpid()):
+                failed.touch()
+                self._folder = "/not-there"
+            else:
+                first.write_text(str(os.getpid()))
+            return await super().call(asked, recording)
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    try:
+        deployed.run(most=2, engine_class=SecondFails)
+    finally:
+        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    answered, refused, ended = [], [], threading.Event()
+
+    def client() -> None:
+        while not ended.is_set():
+            try:
+                answered.append(spoken(SENTENCE))
+            except urllib.error.HTTPError as error:
+                refused.append(error)
+
+    with ThreadPoolExecutor(3) as pool:
+        running = [pool.submit(client) for _ in range(3)]
+        try:
+            until(failed.exists)
+            answered.clear()
+            until(lambda: len(answered) > 6 or len(refused) > 6)
+        finally:
+            ended.set()
+        for each in running:
+            each.result()
+    assert len(answered) > len(refused)
+
+
 def test_the_page_of_another_site_cannot_read_the_api(deployed: Deployed) -> None:
     deployed.run()
     rebound = urllib.request.Request(f"{URL}/v1/models", headers={"host": "other-site.example"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import threading
 import weakref
@@ -21,7 +22,7 @@ from residency.cancellation import Cancellation, cancelled_by
 from residency.cluster import ray_tts
 from residency.cluster.ray_tts import KEPT_BYTES, NoReplica, RayTTS, ReplicasEnded, SharedRecordings
 from residency.cluster.replica import Answered, Asked, failed
-from residency.errors import DeviceLost, InvalidInput, RequestStopped
+from residency.errors import DeviceLost, EngineUnavailable, InvalidInput, LoadTimeout, RequestStopped
 
 SPOKEN = Answered(np.zeros(3, np.float32), 24_000)
 
@@ -85,11 +86,24 @@ def test_a_call_waits_for_a_replica_up_to_its_time(recording: str) -> None:
     assert replicas.calls > ray_tts.ATTEMPTS
 
 
-def test_an_error_of_the_engine_is_not_tried_again(recording: str) -> None:
-    replicas = Replicas(lambda: failed(InvalidInput("too long", "太长")))
-    with pytest.raises(InvalidInput, match="too long"):
+@pytest.mark.parametrize("error", [InvalidInput("too long", "太长"), LoadTimeout("tts", 5.0)])
+def test_an_error_of_the_engine_is_not_tried_again(recording: str, error: Exception) -> None:
+    replicas = Replicas(lambda: failed(error))
+    with pytest.raises(type(error)):
         RayTTS(replicas, "tts", True).clone(recording, "one", "two")
     assert replicas.calls == 1
+
+
+FAULTS = [OSError(errno.ENOSPC, "no space left"), EngineUnavailable("no checkout", "没有代码"), ImportError("torch")]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_another_replica_answers_if_the_machine_of_one_is_at_fault(recording: str, fault: Exception) -> None:
+    answers = iter([failed(fault), failed(fault), SPOKEN])
+    replicas = Replicas(lambda: next(answers))
+    assert RayTTS(replicas, "tts", True).clone(recording, "one", "two")
+    with pytest.raises(type(fault)):
+        RayTTS(Replicas(lambda: failed(fault)), "tts", True).clone(recording, "one", "two")
 
 
 def test_answers_of_a_request_are_dropped_one_by_one(recording: str) -> None:
