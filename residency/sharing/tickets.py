@@ -10,8 +10,8 @@ one of these runs at a time. Processes with idle models enter a ticket for each,
 
 Each function takes all tickets of a card and returns the tickets after it; `Board` makes each call one transaction.
 ``tests/sharing/test_queue_worlds.py`` checks all orders of `step`, `share_of`, entering and leaving for three processes
-with a model each, or two and a program outside of this project: they give up, crash, stop and go on with what they did, and
-move without the queue while it is locked. Not checked: `offered_bytes`, several models of a process, planned moves.
+with a model each, or two and a program outside of this project: they give up, crash, stop and go on with what they did,
+and move without the queue while it is locked. Not checked: `offered_bytes`, several models of a process, planned moves.
 """
 
 from __future__ import annotations
