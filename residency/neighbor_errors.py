@@ -25,7 +25,10 @@ class NeighborUnreachable(ResidencyError):
 
 @dataclass(eq=False, repr=False)
 class NeighborRefused(ResidencyError):
-    """Another GPU server was asked for memory and answered with an error. ``reason`` says what to check."""
+    """Another GPU server was asked to free or to take memory, and answered with an error.
+
+    ``reason`` says what to check.
+    """
 
     kind: str
     url: str
@@ -34,6 +37,6 @@ class NeighborRefused(ResidencyError):
     def sentences(self) -> tuple[str, str]:
         reason = Sentence.of(self.reason)
         return (
-            f"The GPU server {self.kind} at {self.url} gave up no memory: {reason.en}",
-            f"GPU 服务 {self.kind}（{self.url}）没有让出显存：{reason.zh}",
+            f"The GPU server {self.kind} at {self.url} refused: {reason.en}",
+            f"GPU 服务 {self.kind}（{self.url}）拒绝了请求：{reason.zh}",
         )

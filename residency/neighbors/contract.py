@@ -41,7 +41,8 @@ class Neighbor(Protocol):
         """Asks it to give up what it holds idle; returns once it has answered (60 s for each request).
 
         Memory may come free later than the answer. Call it only after a `held` that is not in use. Raises
-        `NeighborUnreachable`, or `NeighborRefused` if it answers with an error.
+        `NeighborUnreachable`, `NeighborRefused` if it answers with an error, or `InvalidInput` if this would end the
+        app.
         """
 
     def give_back(self) -> None:

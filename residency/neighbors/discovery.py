@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
+import socket
 from collections.abc import Collection, Iterator, Sequence
 from urllib.parse import urlsplit
 
 import psutil
 
-from ..addresses import bracketed, without_mapping
+from ..addresses import EVERY_ADDRESS, bracketed, is_loopback, without_mapping
 from ..errors import NeighborUnreachable
 from .contract import Neighbor
 from .server import Server
@@ -36,15 +38,33 @@ def search(
     return found
 
 
-def started_us(url: str) -> bool:
-    """Returns whether a parent of this process listens on the port of an address, which is on this machine."""
+def started_us(url: str, command: re.Pattern[str]) -> bool:
+    """Returns whether a parent of this process listens on the port of an address of this machine.
+
+    ``command``: in the command line of a parent whose ports the system does not tell (of another user), this counts as
+    listening.
+    """
     address = urlsplit(url)
     port = address.port or (443 if address.scheme == "https" else 80)
-    for parent in _parents(os.getpid()):
-        with contextlib.suppress(psutil.Error):  # of another user
-            if port in (at for _, at in _listening(parent)):
-                return True
+    for parent in _parents(os.getpid()) if _is_here(address.hostname or "") else []:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            try:
+                if port in (at for _, at in _listening(parent)):
+                    return True
+            except psutil.AccessDenied:
+                if command.search(" ".join(parent.cmdline())):
+                    return True
     return False
+
+
+def _is_here(host: str) -> bool:
+    """Returns whether a host is this machine; also true for one that has no address, which cannot be asked."""
+    own = {each.address for addresses in psutil.net_if_addrs().values() for each in addresses} | {*EVERY_ADDRESS}
+    try:
+        found = {str(each[4][0]) for each in socket.getaddrinfo(host, None)}
+    except OSError:
+        return True
+    return any(is_loopback(each) or without_mapping(each) in own for each in found)
 
 
 def _parents(pid: int) -> list[psutil.Process]:

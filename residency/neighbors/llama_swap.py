@@ -17,7 +17,7 @@ import json
 import re
 from typing import Any, ClassVar
 
-from ..errors import NeighborRefused
+from ..errors import InvalidInput
 from ..sentences import Sentence
 from .contract import Held
 from .discovery import started_us
@@ -42,8 +42,12 @@ class LlamaSwap(Server):
         return Held("starting" in states.values() or self._computes(), None, tuple(states))
 
     def ask(self) -> None:
-        if started_us(self.url):
-            raise NeighborRefused(self.kind, self.url, _STARTED_US)
+        if started_us(self.url, self.command):
+            raise InvalidInput(
+                f"llama-swap at {self.url} is not asked: it has started this app, and would end it. "
+                f"Remove it from --gpu-neighbor",
+                f"不会请求 {self.url} 的 llama-swap：本应用由它启动，请求它会结束本应用。请从 --gpu-neighbor 中删除它",
+            )
         self._post("/api/models/unload")
 
     def _computes(self) -> bool:
@@ -53,12 +57,6 @@ class LlamaSwap(Server):
         if in_flight is None:
             raise self._unreachable(self.missing)
         return in_flight
-
-
-_STARTED_US = Sentence(
-    "it has started this app, and would end it. Remove it from --gpu-neighbor",
-    "本应用由它启动，请求它会结束本应用。请从 --gpu-neighbor 中删除它",
-)
 
 
 def _states(answer: Any) -> dict[str, str]:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -55,8 +56,11 @@ class SGLang(Server):
         return Held(self._read("/v1/loads?include=core", _requests) > 0, None)
 
     def ask(self) -> None:
-        with self._alone():
-            if (start := self._start_if_it_may_release()) is None:
+        start, saves = self._read("/server_info", _start_and_saver)
+        if not saves:
+            return
+        with self._alone(start):
+            if self._start_if_it_may_release() != start:  # another app was first, or it was started anew
                 return
             _asked[start] = False
             try:
@@ -69,8 +73,8 @@ class SGLang(Server):
                 raise
 
     def give_back(self) -> None:
-        with self._alone():
-            start, _ = self._read("/server_info", _start_and_saver)
+        start, _ = self._read("/server_info", _start_and_saver)
+        with self._alone(start):
             if start not in _asked:  # nor a server that was started anew since
                 return
             if _asked[start]:
@@ -94,14 +98,16 @@ class SGLang(Server):
         del _asked[start]
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _alone(self, start: str) -> Iterator[None]:
         """Excludes other apps of this user: two that find a server unpaused would make it release twice."""
-        path = Path(tempfile.gettempdir(), f"sglang-{os.getuid()}.lock")
+        digest = hashlib.sha256(start.encode()).hexdigest()[:16]
+        path = Path(tempfile.gettempdir(), f"sglang-{os.getuid()}-{digest}.lock")
         with _lock, contextlib.ExitStack() as stack:
             try:
                 file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
                 stack.callback(os.close, file)
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stack.callback(fcntl.flock, file, fcntl.LOCK_UN)  # a child process may have the file open, too
             except OSError as error:
                 raise self._unreachable(_not_alone(path, error)) from error
             yield
@@ -109,8 +115,9 @@ class SGLang(Server):
 
 def _not_alone(path: Path, error: OSError) -> Sentence:
     return Sentence(
-        f"{path} cannot be locked ({error}). Only one app at a time asks SGLang; this one tries again",
-        f"无法锁定 {path}（{error}）。同一时间只有一个应用请求 SGLang；本应用会重试",
+        f"{path} cannot be locked ({error}). Another app of this user is talking to SGLang; try again. If it stays, "
+        f"check the file's owner",
+        f"无法锁定 {path}（{error}）。本用户的另一个应用正在与 SGLang 通信，请重试。若持续出现，请检查该文件的所有者",
     )
 
 

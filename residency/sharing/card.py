@@ -95,7 +95,7 @@ class SharedCard:
         self._closed = False
         self._serves_others = headroom_bytes > 0 or isinstance(board, Board)
         #: When neighbours get back what they have given up, unless a model of this process is on the card.
-        self._due_s = -math.inf
+        self._due_s = math.inf
         #: By ticket, and "" for the headroom.
         self._lacks_since_s: dict[str, float] = {}
         self._thread = threading.Thread(target=self._run, name="gpu-card-watch", daemon=True)
@@ -112,15 +112,18 @@ class SharedCard:
         self.asking.close(within_s)
 
     def wake(self) -> None:
-        """Makes the thread look at the card: a model has arrived, or a move has begun."""
+        """Makes the thread look at the card: a model has arrived, a move has begun, or neighbours have been asked."""
         self._wake.set()
 
     def ask_one(self, url: str) -> None:
         """See `Asking.ask_one`; if no model of this process comes, the neighbour gets its memory back."""
-        self._due_s = time.monotonic() + GIVE_BACK_AFTER_S
+        if not (owed := self.asking.owed_urls()):
+            self._due_s = time.monotonic() + GIVE_BACK_AFTER_S
         try:
             self.asking.ask_one(url)
         finally:  # it may have given up its memory although its answer is lost
+            if self.asking.owed_urls() - owed:  # else what is due already stays due
+                self._due_s = time.monotonic() + GIVE_BACK_AFTER_S
             self.wake()
 
     def status(self) -> SharingStatus:
@@ -176,13 +179,21 @@ class SharedCard:
         Returns after how many seconds to call it again; None: not before a neighbour is asked.
         """
         if not self.asking.owes:
+            self._due_s = math.inf
             return None
+        if self._due_s == math.inf:  # asked for a request that has given up
+            self._due_s = now_s
         if now_s < self._due_s:
             return self._due_s - now_s
-        if now_s < self._due_s + GIVE_BACK_AFTER_S and not self._has_room_for_neighbors(now_s):
-            return AGAIN_AFTER_S
-        self.asking.give_back()
+        if self._may_give_back():
+            self.asking.give_back(self._may_give_back)
         return AGAIN_AFTER_S if self.asking.owes else None
+
+    def _may_give_back(self) -> bool:
+        now_s = time.monotonic()
+        if self._leaving.on_card() or self._room.is_moving:
+            return False
+        return now_s >= self._due_s + GIVE_BACK_AFTER_S or self._has_room_for_neighbors(now_s)
 
     def _has_room_for_neighbors(self, now_s: float) -> bool:
         """Returns whether nothing waits or moves in the queue, and as much is free as the neighbours gave up."""

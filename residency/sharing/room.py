@@ -70,7 +70,7 @@ class Room:
         headroom_bytes: stay free when a move is planned, without a request.
         board: the tickets of all processes of this project on the card, or of this process only.
         asking: the neighbours that are asked while a request lacks memory.
-        wake: called when a move begins.
+        wake: called when a move begins, and when neighbours have been asked.
         presence: how the keys begin of the tickets that mark the presence of this process.
     """
 
@@ -169,7 +169,7 @@ class Room:
             if lacking_bytes > 0:
                 lacking_bytes = self._leaving.leave(lacking_bytes, ticket.arrived_s)[1]
                 if lacking_bytes > offered_bytes(tickets, self._presence):  # more than idle models give up
-                    self._asking.ask(ticket.wanted_bytes, arrival.is_wanted)
+                    self._asking.ask(ticket.wanted_bytes, arrival.is_wanted, self._wake)
             if (now_s := time.monotonic()) >= named_s + NAME_EVERY_S:
                 named_s = now_s
                 arrival.waits(ticket.wanted_bytes, self._reason(ticket, memory.free_bytes, now_s))

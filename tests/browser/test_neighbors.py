@@ -86,8 +86,8 @@ def test_a_press_asks_a_neighbour(
 @pytest.mark.parametrize(
     ("settings", "refused"),
     [
-        (ENGLISH, "The GPU server ollama at {url} gave up no memory: "),
-        (PHONE, "GPU 服务 ollama（{url}）没有让出显存："),
+        (ENGLISH, "The GPU server ollama at {url} refused: "),
+        (PHONE, "GPU 服务 ollama（{url}）拒绝了请求："),
     ],
 )
 def test_a_neighbour_that_refuses_is_named(

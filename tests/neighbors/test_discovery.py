@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
-from residency.neighbors import Held, find, neighbor
+from residency.neighbors import Held, discovery, find, neighbor
+from residency.neighbors.llama_swap import LlamaSwap
 
 SERVER = """
 import http.server, json, socket, subprocess, sys
@@ -103,3 +105,31 @@ def test_processes_that_ended_are_left_out(ollama: tuple[int, int, int, int]) ->
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     assert [pid for pid, _ in find([ended.pid, ollama[0]], own_pids=())] == [ollama[0]]
+
+
+@pytest.mark.parametrize(
+    ("host", "is_here"),
+    [("127.0.0.1", True), ("localhost", True), ("0.0.0.0", True), ("[::ffff:127.0.0.1]", True), ("192.0.2.1", False)],
+)
+def test_a_broker_has_started_this_app_only_on_this_machine(
+    host: str, is_here: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(discovery, "_parents", lambda _: [psutil.Process()])
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        url = f"http://{host}:{listening.getsockname()[1]}"
+        assert discovery.started_us(url, LlamaSwap.command) is is_here
+
+
+@pytest.mark.parametrize(("command", "may_have"), [("/opt/llama-swap --config c.yaml", True), ("/sbin/init", False)])
+def test_a_broker_of_another_user_may_have_started_this_app(
+    command: str, may_have: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Parent:
+        def net_connections(self, kind: str) -> None:
+            raise psutil.AccessDenied
+
+        def cmdline(self) -> list[str]:
+            return command.split()
+
+    monkeypatch.setattr(discovery, "_parents", lambda _: [Parent()])
+    assert discovery.started_us("http://127.0.0.1:8080", LlamaSwap.command) is may_have

@@ -162,9 +162,9 @@ def test_llama_swap_is_in_use_while_requests_are_in_flight(state: str, in_flight
 def test_llama_swap_that_has_started_this_app_is_not_asked() -> None:
     """It would end this app. The test is llama-swap here, and a child process the app."""
     program = (
-        "import sys; from residency.errors import NeighborRefused; from residency.neighbors import neighbor\n"
+        "import sys; from residency.errors import InvalidInput; from residency.neighbors import neighbor\n"
         "server = neighbor('llama-swap', sys.argv[1])\n"
-        "try: server.ask()\nexcept NeighborRefused as error: print(error.en)"
+        "try: server.ask()\nexcept InvalidInput as error: print(error.en)"
     )
     with recorded(llama_swap("ready", {"operation": "snapshot"})) as server:
         app = subprocess.run([sys.executable, "-c", program, server.url], capture_output=True, text=True, check=True)

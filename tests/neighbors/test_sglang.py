@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
+from typing import Any
 
 import pytest
 from recorded_server import Conversation, Reply, recorded
@@ -132,7 +134,7 @@ def test_sglang_is_asked_by_one_app_at_a_time() -> None:
         def meanwhile() -> Reply:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(sglang, "_lock", threading.Lock())  # of another process
-                with pytest.raises(NeighborUnreachable, match="cannot be locked"):
+                with pytest.raises(NeighborUnreachable, match=r"cannot be locked .*Another app .*try again"):
                     engine.ask()
             return Reply(b"", 200)
 
@@ -141,6 +143,42 @@ def test_sglang_is_asked_by_one_app_at_a_time() -> None:
         server.replies["GET /ready"] = replies["GET /ready"]
         engine.give_back()
         assert (fake.has_ended, fake.paused, fake.released) == (False, False, False)
+
+
+def test_two_sglang_servers_are_asked_by_two_apps_at_a_time() -> None:
+    first, second = FakeSGLang(), FakeSGLang()
+    with recorded(first.replies) as server, recorded(second.replies) as other:
+
+        def meanwhile() -> Reply:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sglang, "_lock", threading.Lock())  # of another process
+                neighbor("sglang", other.url).ask()
+            return Reply(b"", 200)
+
+        server.replies["GET /ready"] = meanwhile
+        neighbor("sglang", server.url).ask()
+        assert (first.released, second.released) == (True, True)
+
+
+def test_sglang_is_given_back_while_a_child_process_has_the_lock_file_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child that was forked meanwhile, as by a library for its work."""
+    opened, children = os.open, list[int]()
+
+    def shared(*args: Any, **kwargs: Any) -> int:
+        file = opened(*args, **kwargs)
+        children.append(os.dup(file))  # as a fork does
+        return file
+
+    fake = FakeSGLang()
+    with recorded(fake.replies) as server:
+        engine = neighbor("sglang", server.url)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", shared)
+            engine.ask()
+        engine.give_back()
+        assert not fake.released
+    for file in children:
+        os.close(file)
 
 
 @pytest.mark.parametrize("setting", [{"enable_memory_saver": False}, {"tokenizer_worker_num": 2}])

@@ -14,7 +14,7 @@ import pytest
 
 from gpu_manager import SimulatedDevice
 from residency.arrivals import Arrival
-from residency.errors import NeighborUnreachable
+from residency.errors import InvalidInput, NeighborUnreachable
 from residency.sharing import card as card_module
 from residency.sharing.asking import AGAIN_AFTER_S, Asking
 from residency.sharing.board import PrivateBoard
@@ -25,6 +25,7 @@ MB = 1 << 20
 CAPACITY = 100 * MB
 OTHER = 900_000_000
 LOSES_ITS_ANSWER = "http://127.0.0.1:8001"
+IN_USE = "http://127.0.0.1:8002"
 
 
 class Models:
@@ -55,6 +56,8 @@ class Neighbors:
         self.owed, self.fails, self.given_back, self._now_s = 0, 0, list[float](), now_s
 
     def ask_one(self, url: str) -> None:
+        if url == IN_USE:
+            raise InvalidInput("in use", "正在使用")
         self.owed = 80 * MB
         if url == LOSES_ITS_ANSWER:
             raise NeighborUnreachable("vllm", url, "timed out")
@@ -62,7 +65,10 @@ class Neighbors:
     def owed_bytes(self) -> int:
         return self.owed
 
-    def give_back(self) -> None:
+    def owed_urls(self) -> set[str]:
+        return {LOSES_ITS_ANSWER} if self.owed else set()
+
+    def give_back(self, may: Callable[[], bool]) -> None:
         if self.fails:
             self.fails -= 1
             raise OSError
@@ -185,6 +191,25 @@ def test_a_neighbour_that_was_asked_by_hand_gets_its_memory_back_after_a_while(u
 def test_a_neighbour_that_was_asked_by_hand_gets_its_memory_back_when_the_models_have_left(watch: Watch) -> None:
     watch.run(200.0, {10.0: lambda: watch.card.ask_one(""), 12.0: watch.comes, 90.0: watch.leaves})
     assert watch.neighbors.given_back == [90.0]
+
+
+def test_a_neighbour_in_use_that_is_asked_by_hand_does_not_delay_what_is_due_for_another(watch: Watch) -> None:
+    def ask() -> None:
+        with contextlib.suppress(InvalidInput):
+            watch.card.ask_one(IN_USE)
+
+    watch.run(200.0, {10.0: lambda: watch.card.ask_one(""), **{float(time_s): ask for time_s in range(20, 150, 20)}})
+    assert watch.neighbors.given_back == [10.0 + GIVE_BACK_AFTER_S]
+
+
+def test_a_neighbour_asked_for_a_request_that_has_given_up_waits_for_the_queue(watch: Watch) -> None:
+    def ended() -> None:
+        watch.owes()
+        watch.queue(Ticket("a", "tts", OTHER, 9.0, 60 * MB, 12.0))
+        watch.card.wake()
+
+    watch.run(200.0, {10.0: ended})
+    assert watch.neighbors.given_back == [20.0], "the first look after its end"
 
 
 def test_the_watch_goes_on_after_errors(watch: Watch, caplog: pytest.LogCaptureFixture) -> None:
