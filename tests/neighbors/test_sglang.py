@@ -17,7 +17,7 @@ from residency.neighbors import Held, neighbor, sglang
 class FakeSGLang:
     """Ends, as the real one does, if it must release twice, resume twice, or release while it is not paused."""
 
-    starts = itertools.count()
+    starts = itertools.count(os.getpid() << 20)  # else tests in other processes would use the same lock file
 
     def __init__(self) -> None:
         self.paused = self.released = self.has_ended = False
