@@ -56,7 +56,7 @@ PARTS = (
     Part("think-s", 20, "s", "assumed: mean between two requests of a session, beside the seconds of the first"),
     Part("swing", 0.9, "of the average", "assumed: arrivals at 16 h are 1 + this times the average, at 4 h 1 - this"),
     Part("models-per-gpu", 8, "models", "assumed: 8 of 14 GB in 112 GB of main memory for each GPU"),
-    Part("process-s", 10, "s", "assumed, before the load; from zero to an answer of the built-in engine: 16.7 s"),
+    Part("process-s", 10, "s", "assumed, before the load; from zero to an answer of the built-in engine: 15.4 s"),
     Part("load-s", 30, "s with the GPU", "assumed: 14 GB from a shared disk, and the engine; not measured on a GPU"),
     Part("restore-s", 0.56, "s", "calculated: 14 GB from main memory at 25 GB/s (PCIe 4); not measured on a GPU"),
     Part("offload-s", 0.5, "s", "14 GB at 28 GB/s: results/restore-cpu-2026-11-23.txt, on a simulated card"),
