@@ -51,7 +51,7 @@ def check(where: str, line: str, effective: frozenset[str], *, files_here: bool 
         raise InvalidInput(f"{where}: {error.en}", f"{where}：{error.zh}") from None
     flags = {_flag(name) for name in effective}
     others = [name for name in _names(shlex.split(line)) if name.replace("--no-", "--", 1) not in flags]
-    if settings.auth and "auth" not in effective and "--auth" not in others and effective is API:
+    if effective is API and settings.auth and "--auth" not in others:
         others.append("--auth (GRADIO_AUTH)")
     if settings.engine == "ray":
         others.append("--engine ray")

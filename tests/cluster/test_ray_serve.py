@@ -49,6 +49,7 @@ class Deployed:
     def run(
         self,
         *,
+        least: int = 0,
         most: int = 3,
         resources: dict[str, float] | None = None,
         flags: str = "",
@@ -58,14 +59,19 @@ class Deployed:
     ) -> None:
         """``api_on``: a resource of the machine of the API."""
         import yaml
-        from ray import serve
+        from ray import cloudpickle, serve
 
         from deploy.ray_serve import Api, Arguments, Engine, bound
 
         path = ROOT / "deploy" / "ray_serve.yaml"
         application = yaml.safe_load(path.read_text(encoding="utf-8"))["applications"][0]
         api, engine = ({k: v for k, v in options.items() if k != "name"} for options in application["deployments"])
-        engine["autoscaling_config"] |= {"max_replicas": most, "downscale_delay_s": 2, "upscale_delay_s": 0.1}
+        engine["autoscaling_config"] |= {
+            "min_replicas": least,
+            "max_replicas": most,
+            "downscale_delay_s": 2,
+            "upscale_delay_s": 0.1,
+        }
         api["ray_actor_options"] |= {"resources": {api_on: 1}}
         engine["health_check_period_s"] = 1
         engine["ray_actor_options"] |= {"resources": resources or {}}
@@ -75,7 +81,12 @@ class Deployed:
             models={"builtin": "--engine builtin", "second": "--engine builtin"},
         )
         engines = serve.deployment(name="Engine")(engine_class) if engine_class else Engine
-        serve.run(bound(arguments, engines.options(**engine), Api.options(**api)), name="tts", route_prefix="/")
+        application = bound(arguments, engines.options(**engine), Api.options(**api))
+        cloudpickle.register_pickle_by_value(sys.modules[__name__])  # other processes cannot import ``engine_class``
+        try:
+            serve.run(application, name="tts", route_prefix="/")
+        finally:
+            cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
     def held_bytes(self) -> dict[int, int]:
         """Returns the bytes on the card of each replica: `CONTEXT_BYTES` while its models are offloaded."""
@@ -223,8 +234,6 @@ def test_calls_need_a_key_if_there_are_keys(deployed: Deployed) -> None:
 def test_a_replica_whose_device_is_lost_is_replaced_and_its_request_answered(
     deployed: Deployed, tmp_path: Path
 ) -> None:
-    from ray import cloudpickle
-
     from deploy.ray_serve import Engine
 
     mark = tmp_path / "lost"
@@ -238,18 +247,12 @@ def test_a_replica_whose_device_is_lost_is_replaced_and_its_request_answered(
                 self._manager._dispatcher.device_lost = DeviceLost("Xid 79")
             return await super().call(asked, recording)
 
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    try:
-        deployed.run(most=1, engine_class=Losing)
-    finally:
-        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    deployed.run(most=1, engine_class=Losing)
     assert spoken(SENTENCE)
     assert mark.exists()
 
 
 def test_a_machine_at_fault_does_not_fail_the_requests_of_others(deployed: Deployed, tmp_path: Path) -> None:
-    from ray import cloudpickle
-
     from deploy.ray_serve import Engine
 
     first, failed = tmp_path / "first", tmp_path / "failed"
@@ -263,11 +266,7 @@ def test_a_machine_at_fault_does_not_fail_the_requests_of_others(deployed: Deplo
                 first.write_text(str(os.getpid()))
             return await super().call(asked, recording)
 
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    try:
-        deployed.run(most=2, engine_class=SecondFails)
-    finally:
-        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    deployed.run(least=2, most=2, engine_class=SecondFails)  # neither ends
     answered, refused, ended = [], [], threading.Event()
 
     def client() -> None:
